@@ -1,0 +1,112 @@
+"""A linear layer that stores and multiplies only the nonzero blocks of its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import BlockSparse
+from ..formats.block import INDEX_DTYPE, pack_values, validate
+from ..ops import bsr_linear
+
+
+class SparseLinear(nn.Module):
+    """y = act(x Wᵀ + b), (..., in_features) -> (..., out_features), W in BSR blocks of `block`.
+
+    The state dict holds BSR's own names: values (nnzb, n, k), crow_indices, col_indices and bias.
+    `values` is kept in the kernels' layout (see BlockSparse.packed) and is the only copy.
+
+    `nnz_blocks` blocks are allocated with no content; use `from_dense`, `from_weight` or
+    `load_state_dict` to fill them.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block: tuple[int, int],
+        nnz_blocks: int,
+        bias: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        n, k = block
+        self.in_features = in_features
+        self.out_features = out_features
+        self.block = (n, k)
+        self.activation = activation
+        self.register_buffer("crow_indices", torch.zeros(out_features // n + 1, dtype=INDEX_DTYPE, device=device))
+        self.register_buffer("col_indices", torch.zeros(nnz_blocks, dtype=INDEX_DTYPE, device=device))
+        self.values = nn.Parameter(torch.empty(nnz_blocks, k, n, device=device, dtype=dtype).transpose(1, 2))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_load_state_dict_pre_hook(_check_incoming)
+
+    @classmethod
+    def from_weight(cls, weight: BlockSparse, bias: Tensor | None = None, activation: str = "none") -> SparseLinear:
+        """Wrap a BSR weight (validated here) and an optional bias of shape (N,)."""
+        weight.validate()
+        rows, cols = weight.shape
+        layer = cls(cols, rows, weight.block, 0, bias is not None, activation, device="meta")
+        layer.crow_indices = weight.crow_indices
+        layer.col_indices = weight.col_indices
+        layer.values = nn.Parameter(pack_values(weight.values.detach()))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach())
+        return layer
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, block: tuple[int, int], mask: Tensor | None = None, activation: str = "none"
+    ) -> SparseLinear:
+        """Store the blocks of `linear` that hold a nonzero, or those that `mask` (N, K) touches.
+
+        The bias is shared with `linear`; training mode and requires_grad carry over.
+        """
+        weight = linear.weight.detach()
+        if mask is not None:
+            weight = weight * mask.to(weight.dtype)
+        layer = cls.from_weight(BlockSparse.from_dense(weight, block, mask), linear.bias, activation)
+        layer.values.requires_grad_(linear.weight.requires_grad)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @property
+    def weight(self) -> BlockSparse:
+        """The weight as a format; it shares the layer's tensors."""
+        return BlockSparse(self.crow_indices, self.col_indices, self.values, (self.out_features, self.in_features))
+
+    def to_dense(self) -> nn.Linear:
+        """An nn.Linear with the same function (activation apart)."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.weight.to_dense().detach())
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bsr_linear(x, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        n, k = self.block
+        text = f"{self.in_features}, {self.out_features}, block={n}x{k}, sparsity={self.weight.sparsity:.3f}"
+        if self.bias is None:
+            text += ", bias=False"
+        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+
+
+def _check_incoming(module: SparseLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict whose indices do not describe this layer, before anything is copied."""
+    parts = [state_dict.get(prefix + name) for name in ("crow_indices", "col_indices", "values")]
+    if all(isinstance(part, Tensor) and part.device.type != "meta" for part in parts):
+        try:
+            validate(*parts, (module.out_features, module.in_features))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}") from None

@@ -1,0 +1,5 @@
+"""One file per op: schema, argument checks, fake, autograd, and which backend runs."""
+
+from .bsr_linear import bsr_linear
+
+__all__ = ["bsr_linear"]

@@ -1,0 +1,146 @@
+"""Linear layer with a block-sparse weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..formats import BlockSparse
+from ..formats.block import pack_values, transpose
+from ..reference import bsr_linear as reference
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+BACKENDS = ("native", "reference")
+
+
+def bsr_linear(
+    x: Tensor,
+    weight: BlockSparse,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """y = act(x Wᵀ + b) for a block-sparse W.
+
+    x           (..., K)     any floating dtype
+    weight      N x K        blocks of n x k, same dtype as x
+    bias        (N,)         same dtype as x
+    activation  "none", "relu", "gelu" (exact, by erf) or "gelu_tanh"
+    backend     None chooses: "native" for float32 on a CPU where the extension is built, else
+                "reference". A named backend runs or raises RuntimeError.
+    returns     (..., N)     dtype of x
+
+    Indices are trusted here: they were checked when the weight was built or loaded.
+    Differentiable in x, the values and the bias; values get gradients at stored blocks only.
+
+    Raises TypeError if dtypes differ, ValueError if shapes or devices disagree or the activation is unknown.
+    Source: BCSR; kernels after Elsen et al. 2020, arXiv:1911.09723.
+    """
+    _check(x, weight, bias, activation)
+    tensors = (x, weight.crow_indices, weight.col_indices, weight.values, bias, activation)
+    if _choose(x, backend) == "native":
+        return torch.ops.sparsenlp.bsr_linear.default(*tensors)
+    return reference.bsr_linear(*tensors)
+
+
+def _check(x: Tensor, weight: BlockSparse, bias: Tensor | None, activation: str) -> None:
+    values = weight.values
+    rows, cols = weight.shape
+    if x.dtype != values.dtype:
+        raise TypeError(f"bsr_linear: expected x of dtype {values.dtype}, got {x.dtype}")
+    if not x.dim() or x.shape[-1] != cols:
+        raise ValueError(f"bsr_linear: expected K = {cols} columns in x, got shape {tuple(x.shape)}")
+    if x.device != values.device:
+        raise ValueError(f"bsr_linear: expected x on {values.device}, got {x.device}")
+    if bias is not None:
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bsr_linear: expected bias of dtype {x.dtype}, got {bias.dtype}")
+        if bias.shape != (rows,):
+            raise ValueError(f"bsr_linear: expected bias of shape ({rows},), got {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"bsr_linear: expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _choose(x: Tensor, backend: str | None) -> str:
+    """The backend that will run, or RuntimeError if the one asked for cannot."""
+    if backend is None:
+        return "native" if native.available and _why_not_native(x) is None else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"bsr_linear: expected a backend among {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "native" and (why := _why_not_native(x)):
+        raise RuntimeError(f"bsr_linear: backend 'native' cannot run: {why}")
+    return backend
+
+
+def _why_not_native(x: Tensor) -> str | None:
+    if not native.available:
+        return native.why_unavailable
+    if x.device.type != "cpu":
+        return f"it needs CPU tensors, got {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"it needs float32, got {x.dtype}"
+    return None
+
+
+# The torch.library op. It exists without the extension too (then it runs the reference), so that
+# exported programs load everywhere.
+torch.library.define(
+    "sparsenlp::bsr_linear",
+    "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias, str activation) -> Tensor",
+)
+torch.library.define(
+    "sparsenlp::bsr_linear_wgrad",
+    "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] block) -> Tensor",
+)
+if not native.available:
+    torch.library.impl("sparsenlp::bsr_linear", "cpu", reference.bsr_linear)
+    torch.library.impl("sparsenlp::bsr_linear_wgrad", "cpu", reference.bsr_linear_wgrad)
+
+
+@torch.library.register_fake("sparsenlp::bsr_linear")
+def _fake(
+    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], (crow_indices.shape[0] - 1) * values.shape[1])
+
+
+@torch.library.register_fake("sparsenlp::bsr_linear_wgrad")
+def _fake_wgrad(grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block: list[int]) -> Tensor:
+    return x.new_empty(col_indices.shape[0], *block)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    x, crow, col, values, bias = ctx.saved_tensors
+    op = torch.ops.sparsenlp.bsr_linear.default
+    if ctx.activation != "none":
+        before = op(x, crow, col, values, bias, "none")
+        grad = _ACTIVATION_BACKWARD[ctx.activation](grad, before)
+    grad_x = grad_values = grad_bias = None
+    grad_rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+    if ctx.needs_input_grad[0]:
+        crow_t, col_t, values_t = transpose(crow, col, values, x.shape[-1])
+        grad_x = op(grad_rows, crow_t, col_t, pack_values(values_t), None, "none").reshape(x.shape)
+    if ctx.needs_input_grad[3]:
+        x_rows = x.reshape(-1, x.shape[-1]).contiguous()
+        block = list(values.shape[1:])
+        grad_values = torch.ops.sparsenlp.bsr_linear_wgrad.default(grad_rows, x_rows, crow, col, block)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad_rows.sum(0)
+    return grad_x, None, None, grad_values, grad_bias, None
+
+
+_ACTIVATION_BACKWARD = {
+    "relu": lambda grad, before: grad * (before > 0),
+    "gelu": lambda grad, before: torch.ops.aten.gelu_backward(grad, before, approximate="none"),
+    "gelu_tanh": lambda grad, before: torch.ops.aten.gelu_backward(grad, before, approximate="tanh"),
+}
+
+torch.library.register_autograd("sparsenlp::bsr_linear", _backward, setup_context=_setup_context)
