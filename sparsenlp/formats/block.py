@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class BlockSparse:
 
         Raises ValueError if N is not a multiple of n, or K of k, or `mask` has another shape.
         """
-        n, k = block
+        n, _ = block
         blocks = split_blocks(dense, block)
         if mask is None:
             keep = (blocks != 0).any(dim=3).any(dim=2)
@@ -100,7 +102,7 @@ class BlockSparse:
         """
         return BlockSparse(self.crow_indices, self.col_indices, pack_values(self.values), self.shape)
 
-    def to(self, *args, **kwargs) -> BlockSparse:
+    def to(self, *args: Any, **kwargs: Any) -> BlockSparse:
         """As Tensor.to for the values; the indices follow the device and stay int32."""
         values = self.values.to(*args, **kwargs)
         return BlockSparse(self.crow_indices.to(values.device), self.col_indices.to(values.device), values, self.shape)

@@ -104,9 +104,10 @@ class SparseLinear(nn.Module):
 
 def _check_incoming(module: SparseLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a state dict whose indices do not describe this layer, before anything is copied."""
-    parts = [state_dict.get(prefix + name) for name in ("crow_indices", "col_indices", "values")]
-    if all(isinstance(part, Tensor) and part.device.type != "meta" for part in parts):
-        try:
-            validate(*parts, (module.out_features, module.in_features))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}") from None
+    crow, col, values = (state_dict.get(prefix + name) for name in ("crow_indices", "col_indices", "values"))
+    if crow is None or col is None or values is None or values.is_meta:
+        return
+    try:
+        validate(crow, col, values, (module.out_features, module.in_features))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}") from None
