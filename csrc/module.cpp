@@ -1,0 +1,48 @@
+// The Python module sparsenlp._C: which instruction sets run. The ops register themselves (register.cpp).
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <cstring>
+
+#include "cpu/isa.h"
+
+static PyObject* isas(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (int isa = kIsaCount - 1; list && isa >= 0; isa--) {
+    if (!isa_supported(isa)) continue;
+    PyObject* name = PyUnicode_FromString(isa_name(isa));
+    if (!name || PyList_Append(list, name) < 0) Py_CLEAR(list);
+    Py_XDECREF(name);
+  }
+  return list;
+}
+
+static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(isa_name(isa_in_use())); }
+
+static PyObject* set_cap(PyObject*, PyObject* arg) {
+  if (arg == Py_None) {
+    set_isa_cap(kIsaCount - 1);
+    Py_RETURN_NONE;
+  }
+  PyObject* bytes = PyUnicode_AsUTF8String(arg);
+  if (!bytes) return nullptr;
+  int found = -1;
+  for (int isa = 0; isa < kIsaCount; isa++)
+    if (!std::strcmp(PyBytes_AsString(bytes), isa_name(isa))) found = isa;
+  Py_DECREF(bytes);
+  if (found < 0)
+    return PyErr_Format(
+        PyExc_ValueError, "SPARSENLP_CPU_ISA: expected one of scalar, neon, avx2, avx512, got '%U'", arg);
+  set_isa_cap(found);
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"isas", isas, METH_NOARGS, "Instruction sets this machine runs, best first."},
+    {"isa", isa, METH_NOARGS, "The instruction set in use."},
+    {"set_isa_cap", set_cap, METH_O, "Use none better than this one; None lifts the cap."},
+    {nullptr, nullptr, 0, nullptr}};
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

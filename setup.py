@@ -1,0 +1,99 @@
+"""The native build: one static library per instruction set, one abi3 extension on torch's stable ABI."""
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"]
+ISA_FLAGS = {
+    "x86_64": {
+        "scalar": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    },
+    "aarch64": {"scalar": [], "neon": []},
+}
+OPS = ("bsr_linear",)
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
+WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
+
+
+def stop(reason):
+    sys.exit(f"\nsparsenlp: {reason}\n")
+
+
+def native_wanted():
+    """Whether to build the extension; stops with one line where it cannot be built."""
+    wanted = os.environ.get("SPARSENLP_NATIVE", "1")
+    if wanted not in ("0", "1"):
+        stop(f"expected SPARSENLP_NATIVE to be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return False
+    if not building():
+        return True
+    if platform.machine() not in ISA_FLAGS:
+        stop(f"the extension knows {', '.join(ISA_FLAGS)}, not {platform.machine()}: {WITHOUT}")
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+    if shutil.which(compiler) is None:
+        stop(f"no C++ compiler ({compiler}) was found: install g++ or clang++, {WITHOUT}")
+    return True
+
+
+def building():
+    return any(command.startswith(("build", "bdist", "install", "develop", "editable")) for command in sys.argv[1:])
+
+
+def torch_directory():
+    try:
+        import torch
+    except ImportError:
+        stop(
+            "the extension is built against the torch it will run with, and none is installed here. Type:\n"
+            "    pip install torch setuptools && pip install --no-build-isolation .\n"
+            f"{WITHOUT}"
+        )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        stop(f"expected torch 2.10 or newer, got {torch.__version__}: upgrade it, {WITHOUT}")
+    return Path(torch.__file__).parent
+
+
+def native_parts():
+    if not building():
+        return {}
+    torch = torch_directory()
+    isas = ISA_FLAGS[platform.machine()]
+    libraries = [
+        (
+            f"sparsenlp_{isa}",
+            {
+                "sources": [f"csrc/cpu/{op}/{isa}.cpp" for op in OPS],
+                "cflags": [*CXX_FLAGS, *flags],
+                "obj_deps": {"": HEADERS},
+            },
+        )
+        for isa, flags in isas.items()
+    ]
+    extension = Extension(
+        "sparsenlp._C",
+        sources=["csrc/module.cpp", "csrc/register.cpp", "csrc/cpu/isa.cpp"],
+        include_dirs=[str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch", "torch_cpu"],
+        extra_compile_args=[*CXX_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+        depends=HEADERS,
+        language="c++",
+        py_limited_api=True,
+    )
+    return {
+        "libraries": libraries,
+        "ext_modules": [extension],
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**(native_parts() if native_wanted() else {}))

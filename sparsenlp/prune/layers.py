@@ -1,0 +1,96 @@
+"""Which linear layers of a model are pruned, and the masks they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+TASK_PARTS = frozenset(
+    {"classifier", "pre_classifier", "score", "qa_outputs", "logits_proj", "summary", "sequence_summary"}
+    | {"classification_head", "head", "heads", "cls", "lm_head", "predictions", "generator_predictions"}
+    | {"discriminator_predictions", "pooler", "embeddings", "embeddings_project"}
+)
+"""Module names under which transformers keep task heads, poolers, language-model heads and embeddings."""
+
+
+class Mask(nn.Module):
+    """Parametrization weight -> weight * mask, with the mask (N, K) a bool buffer.
+
+    It follows state_dict, deepcopy and device moves; a dtype change leaves it bool.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, pattern: str) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to a masked weight stores the new values as they are; the mask stays."""
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"pattern={self.pattern}, sparsity={1 - self.mask.float().mean().item():.3f}"
+
+
+def default_filter(module: nn.Module, name: str) -> bool:
+    """Every nn.Linear, except under a module named in TASK_PARTS and the out_proj of nn.MultiheadAttention.
+
+    Decided by the parts of the dotted name, so `classifier.dense` is left alone and
+    `encoder.layer.0.output.dense` is not; nn.MultiheadAttention reads its out_proj's weight without
+    calling the layer, which therefore could not be replaced by a sparse one.
+    """
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    return TASK_PARTS.isdisjoint(name.split("."))
+
+
+def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, nn.Linear]:
+    """The linear layers that `filter_fn(module, name)` selects, by dotted name, in the model's order.
+
+    `filter_fn` defaults to `default_filter` and is asked about nn.Linear modules only. Raises
+    ValueError if the model has no nn.Linear or the filter selects none.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ValueError(f"prune: expected a model with nn.Linear layers, got none in {type(model).__name__}")
+    chosen = {name: module for name, module in linears.items() if (filter_fn or default_filter)(module, name)}
+    if not chosen:
+        shown = ", ".join(list(linears)[:3])
+        raise ValueError(f"prune: expected filter_fn to select a layer, got none of {len(linears)} ({shown}, ...)")
+    return chosen
+
+
+def mask_of(layer: nn.Linear) -> Mask | None:
+    """The mask on a layer's weight, None if it has none.
+
+    Raises ValueError if the weight is computed in another way (a weight norm, torch.nn.utils.prune).
+    """
+    if parametrize.is_parametrized(layer, "weight"):
+        chain = layer.parametrizations["weight"]  # type: ignore[index]
+        if len(chain) == 1 and isinstance(chain[0], Mask):  # type: ignore[arg-type,index]
+            return chain[0]  # type: ignore[index]
+        raise ValueError(f"expected a plain weight, got one parametrized by {[type(p).__name__ for p in chain]}")  # type: ignore[union-attr]
+    if "weight" not in layer._parameters:
+        raise ValueError("expected the weight to be a Parameter, got a computed one; make it permanent first")
+    return None
+
+
+def masked_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that carry a mask, by dotted name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and parametrize.is_parametrized(module, "weight")
+        and any(isinstance(p, Mask) for p in module.parametrizations["weight"])  # type: ignore[index,union-attr]
+    }

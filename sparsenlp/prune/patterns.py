@@ -1,0 +1,176 @@
+"""Which weights are removed together: single weights, n x k blocks, or the worst of every m."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..formats.block import split_blocks
+
+
+class Pattern(Protocol):
+    """A rule that groups the weights of an (N, K) matrix into units that are kept or pruned whole.
+
+    max_sparsity  no mask of this pattern has more zeros than this fraction
+    step          units are pruned in multiples of this number
+    """
+
+    @property
+    def max_sparsity(self) -> float: ...
+
+    @property
+    def step(self) -> int: ...
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError if a matrix of `shape` cannot be divided into whole units."""
+
+    def scores(self, elementwise: Tensor) -> Tensor:
+        """One score per unit from one score per weight (N, K); the lowest are pruned first, +inf never."""
+
+    def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Boolean mask over the weights, `shape` (N, K), from one boolean per unit."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Every weight is its own unit."""
+
+    @property
+    def max_sparsity(self) -> float:
+        return 1.0
+
+    @property
+    def step(self) -> int:
+        return 1
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        _check_matrix(self, shape)
+
+    def scores(self, elementwise: Tensor) -> Tensor:
+        """(N, K) -> (N, K), unchanged."""
+        self.check(tuple(elementwise.shape))
+        return elementwise
+
+    def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """(N, K) -> (N, K), unchanged."""
+        _check_units(self, unit_mask, shape)
+        return unit_mask.bool()
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of n rows (output features) by k columns (input features), kept or pruned whole."""
+
+    n: int
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.k < 1:
+            raise ValueError(f"Block: expected sides of at least 1, got {self.n}x{self.k}")
+
+    @property
+    def max_sparsity(self) -> float:
+        return 1.0
+
+    @property
+    def step(self) -> int:
+        return 1
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        _check_matrix(self, shape)
+        if shape[0] % self.n or shape[1] % self.k:
+            raise ValueError(f"{self}: expected a shape divisible by blocks of {self}, got {shape[0]}x{shape[1]}")
+
+    def scores(self, elementwise: Tensor) -> Tensor:
+        """(N, K) -> (N / n, K / k), the sum over each block."""
+        self.check(tuple(elementwise.shape))
+        return split_blocks(elementwise, (self.n, self.k)).sum(dim=(2, 3))
+
+    def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """(N / n, K / k) -> (N, K)."""
+        self.check(shape)
+        _check_units(self, unit_mask, (shape[0] // self.n, shape[1] // self.k))
+        return unit_mask.bool().repeat_interleave(self.n, dim=0).repeat_interleave(self.k, dim=1)
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}"
+
+
+@dataclass(frozen=True)
+class NM:
+    """The n best of every m consecutive weights along K are kept (2:4 is what GPUs accelerate).
+
+    The sparsity of a full mask is fixed at 1 - n / m. A lower sparsity s, as on the way of a gradual
+    schedule, makes a fraction s / (1 - n / m) of the groups n:m, those that lose least first, and
+    leaves the others dense.
+
+    The unit is one weight. The n best of a group score +inf; the m - n others share one score, the
+    sum of theirs, so that a whole group goes at once.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"NM: expected 0 < n < m, got {self.n}:{self.m}")
+
+    @property
+    def max_sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    @property
+    def step(self) -> int:
+        return self.m - self.n
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        _check_matrix(self, shape)
+        if shape[1] % self.m:
+            raise ValueError(f"{self}: expected columns divisible by {self.m}, got shape {shape[0]}x{shape[1]}")
+
+    def scores(self, elementwise: Tensor) -> Tensor:
+        """(N, K) -> (N, K); see the class."""
+        self.check(tuple(elementwise.shape))
+        rows, columns = elementwise.shape
+        groups = elementwise.reshape(rows, columns // self.m, self.m)
+        order = groups.argsort(dim=-1, stable=True)
+        worst = order[..., : self.step]
+        loss = groups.gather(-1, worst).sum(dim=-1, keepdim=True)
+        return torch.full_like(groups, torch.inf).scatter_(-1, worst, loss.expand_as(worst)).view(rows, columns)
+
+    def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """(N, K) -> (N, K), unchanged."""
+        self.check(shape)
+        _check_units(self, unit_mask, shape)
+        return unit_mask.bool()
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """ "unstructured", "8x1" (rows x columns) or "2:4"; the inverse of `str`. Raises ValueError."""
+    if text == "unstructured":
+        return Unstructured()
+    found = re.fullmatch(r"(\d+)([x:])(\d+)", text)
+    if found is None:
+        raise ValueError(f'pattern: expected "unstructured", "8x1" (rows x columns) or "2:4", got "{text}"')
+    first, second = int(found[1]), int(found[3])
+    return Block(first, second) if found[2] == "x" else NM(first, second)
+
+
+def _check_matrix(pattern: Pattern, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{pattern}: expected a nonempty 2-D matrix, got shape {tuple(shape)}")
+
+
+def _check_units(pattern: Pattern, unit_mask: Tensor, expected: tuple[int, int]) -> None:
+    if tuple(unit_mask.shape) != tuple(expected):
+        raise ValueError(f"{pattern}: expected a unit mask of shape {tuple(expected)}, got {tuple(unit_mask.shape)}")
