@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE, pack_values, validate
-from ..ops import bsr_linear
+from ..ops.bsr_linear import ACTIVATIONS, call
 
 
 class SparseLinear(nn.Module):
@@ -38,6 +38,8 @@ class SparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         n, k = block
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"SparseLinear: expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.in_features = in_features
         self.out_features = out_features
         self.block = (n, k)
@@ -92,7 +94,18 @@ class SparseLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return bsr_linear(x, self.weight, self.bias, self.activation)
+        # nn.Module.__getattr__ costs as much as a small kernel, so the tensors are taken from their dicts.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        return call(
+            x,
+            buffers["crow_indices"],
+            buffers["col_indices"],
+            parameters["values"],
+            self.in_features,
+            parameters["bias"],
+            self.activation,
+        )
 
     def extra_repr(self) -> str:
         n, k = self.block
