@@ -9,7 +9,8 @@ namespace {
 SNLP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 SNLP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// exp(x) to 2 ulp: 2^n * p(r) with r = x - n ln 2, |r| <= ln 2 / 2 (Cephes' polynomial); NaN passes through.
+// exp(x) to 2 ulp: 2^n * p(r) with r = x - n ln 2, |r| <= ln 2 / 2 (Cephes' polynomial). Above 88.3 it is
+// infinite, below -87.3 it stays at 1e-38; NaN passes through.
 SNLP_INLINE Vec exp(Vec x) {
   const Vec clamped = min(max(x, splat(-87.3f)), splat(88.3f));
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -24,7 +25,7 @@ SNLP_INLINE Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const VecI exponent = ((VecI)shifted + (127 - 0x4b400000)) << 23;
-  const Vec y = p * (Vec)exponent;
+  const Vec y = x > splat(88.3f) ? splat(__builtin_inff()) : p * (Vec)exponent;
   return x == x ? y : x;
 }
 

@@ -47,7 +47,9 @@ class SparseLinear(nn.Module):
         self.register_buffer("crow_indices", torch.zeros(out_features // n + 1, dtype=INDEX_DTYPE, device=device))
         self.register_buffer("col_indices", torch.zeros(nnz_blocks, dtype=INDEX_DTYPE, device=device))
         self.values = nn.Parameter(torch.empty(nnz_blocks, k, n, device=device, dtype=dtype).transpose(1, 2))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
         self.register_load_state_dict_pre_hook(_check_incoming)
 
     @classmethod
@@ -55,6 +57,11 @@ class SparseLinear(nn.Module):
         """Wrap a BSR weight (validated here) and an optional bias of shape (N,)."""
         weight.validate()
         rows, cols = weight.shape
+        if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.values.dtype):
+            raise ValueError(
+                f"SparseLinear: expected bias of shape ({rows},) and dtype {weight.values.dtype}, "
+                f"got {tuple(bias.shape)} and {bias.dtype}"
+            )
         layer = cls(cols, rows, weight.block, 0, bias is not None, activation, device="meta")
         layer.crow_indices = weight.crow_indices
         layer.col_indices = weight.col_indices

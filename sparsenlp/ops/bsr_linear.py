@@ -41,8 +41,8 @@ def bsr_linear(
     """
     rows = weight.shape[0]
     if bias is not None:
-        if bias.dtype != x.dtype:
-            raise TypeError(f"bsr_linear: expected bias of dtype {x.dtype}, got {bias.dtype}")
+        if bias.dtype != weight.values.dtype:
+            raise TypeError(f"bsr_linear: expected bias of dtype {weight.values.dtype}, got {bias.dtype}")
         if bias.shape != (rows,):
             raise ValueError(f"bsr_linear: expected bias of shape ({rows},), got {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
@@ -118,7 +118,8 @@ def _fake(
 
 @torch.library.register_fake("sparsenlp::bsr_linear_wgrad")
 def _fake_wgrad(grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block: list[int]) -> Tensor:
-    return x.new_empty(col_indices.shape[0], *block)
+    n, k = block
+    return x.new_empty(col_indices.shape[0], k, n).transpose(1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

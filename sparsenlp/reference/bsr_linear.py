@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.block import block_rows, split_blocks, to_dense
+from ..formats.block import block_rows, pack_values, split_blocks, to_dense
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -29,6 +29,6 @@ def bsr_linear(
 def bsr_linear_wgrad(
     grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block: tuple[int, int]
 ) -> Tensor:
-    """Blocks of gradᵀ x that the pattern stores: grad (M, N), x (M, K) -> (nnzb, n, k)."""
+    """Blocks of gradᵀ x that the pattern stores, packed: grad (M, N), x (M, K) -> (nnzb, n, k)."""
     dense = split_blocks(grad.t() @ x, block)
-    return dense[block_rows(crow_indices, col_indices.numel()), col_indices.long()]
+    return pack_values(dense[block_rows(crow_indices, col_indices.numel()), col_indices.long()])

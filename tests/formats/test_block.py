@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsenlp import BlockSparse
+
+
+@st.composite
+def matrices(draw):
+    """A random block-sparse matrix with its block shape: (dense, block)."""
+    n, k = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    rows, cols = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    keep = draw(st.lists(st.booleans(), min_size=rows * cols, max_size=rows * cols))
+    keep = torch.tensor(keep, dtype=torch.bool).reshape(rows, cols)
+    dense = torch.arange(1.0, rows * n * cols * k + 1).reshape(rows * n, cols * k)
+    return dense * keep.repeat_interleave(n, 0).repeat_interleave(k, 1), (n, k)
+
+
+@settings(deadline=None)
+@given(matrices())
+def test_round_trip(matrix):
+    dense, block = matrix
+    weight = BlockSparse.from_dense(dense, block).validate()
+    assert torch.equal(weight.to_dense(), dense)
+    assert torch.equal(weight.transpose().validate().to_dense(), dense.t())
+    assert torch.equal(weight.packed().validate().to_dense(), dense)
+    stored = weight.values.numel()
+    assert weight.density == (stored / dense.numel() if dense.numel() else 0.0)
+    assert torch.allclose(weight.row_density() * (dense.shape[1] // block[1]), weight.crow_indices.diff().float())
+
+
+@settings(deadline=None)
+@given(matrices())
+def test_agrees_with_torch_bsr(matrix):
+    dense, block = matrix
+    if 0 in dense.shape:
+        return
+    expected = dense.to_sparse_bsr(block)
+    weight = BlockSparse.from_dense(dense, block)
+    assert torch.equal(weight.crow_indices, expected.crow_indices().int())
+    assert torch.equal(weight.col_indices, expected.col_indices().int())
+    assert torch.equal(weight.values, expected.values())
+
+
+def test_mask_keeps_blocks_that_hold_only_zeros():
+    mask = torch.zeros(4, 4)
+    mask[0, 1] = 1
+    weight = BlockSparse.from_dense(torch.zeros(4, 4), (2, 2), mask)
+    assert weight.nnz_blocks == 1
+    assert weight.sparsity == 0.75
+
+
+def test_packed_blocks_are_column_major_without_a_second_copy():
+    weight = BlockSparse.from_dense(torch.randn(8, 8), (4, 2))
+    packed = weight.packed()
+    assert packed.values.stride() == (8, 1, 4)
+    assert packed.packed().values.data_ptr() == packed.values.data_ptr()
+    column = BlockSparse.from_dense(torch.randn(8, 8), (4, 1))
+    assert column.packed().values.data_ptr() == column.values.data_ptr()
+
+
+def test_packed_memory_is_values_and_indices():
+    weight = BlockSparse.from_dense(torch.randn(64, 64), (8, 1)).packed()
+    assert weight.nbytes == 4 * (64 * 64 + 8 * 64 + 9)
+    assert weight.values.untyped_storage().nbytes() == 4 * 64 * 64
+
+
+def good() -> BlockSparse:
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]]).repeat_interleave(2, 0)
+    return BlockSparse.from_dense(torch.ones(6, 3) * mask, (2, 1))
+
+
+def index(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"crow_indices": torch.tensor([0, 2, 2, 4])}, TypeError, "expected crow_indices of dtype torch.int32"),
+        ({"col_indices": torch.tensor([0, 2, 1, 2])}, TypeError, "expected col_indices of dtype torch.int32"),
+        ({"crow_indices": index(0, 2, 4)}, ValueError, "expected 4 crow_indices, got 3"),
+        ({"crow_indices": index(0, 2, 2, 5)}, ValueError, "from 0 to 4, got 0 to 5"),
+        ({"crow_indices": index(1, 2, 2, 4)}, ValueError, "from 0 to 4, got 1 to 4"),
+        ({"crow_indices": index(0, 3, 2, 4)}, ValueError, "never to decrease"),
+        ({"col_indices": index(0, 2, 1)}, ValueError, "expected 4 col_indices, got 3"),
+        ({"col_indices": index(0, 2, 1, 3)}, ValueError, r"in \[0, 3\), got 0 to 3"),
+        ({"col_indices": index(-1, 2, 1, 2)}, ValueError, r"in \[0, 3\), got -1 to 2"),
+        ({"col_indices": index(2, 0, 1, 2)}, ValueError, "increase within each block row"),
+        ({"col_indices": index(0, 2, 1, 1)}, ValueError, "increase within each block row"),
+        ({"col_indices": torch.zeros(8, dtype=torch.int32)[::2]}, ValueError, "1-D and contiguous"),
+        ({"values": torch.ones(4, 2, 1, dtype=torch.int32)}, TypeError, "expected floating-point values"),
+        ({"values": torch.ones(4, 2)}, ValueError, r"expected values of shape \(nnzb, n, k\)"),
+        ({"values": torch.ones(4, 4, 1)}, ValueError, "divisible by blocks of 4x1, got 6x3"),
+        ({"values": torch.ones(4, 2, 1, device="meta")}, ValueError, "expected crow_indices on meta"),
+    ],
+)
+def test_validate_names_the_fault(change, error, message):
+    weight = good().validate()
+    parts = {name: getattr(weight, name) for name in ("crow_indices", "col_indices", "values", "shape")}
+    with pytest.raises(error, match=message):
+        BlockSparse(**(parts | change)).validate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(6, 4), (4, 1)), "divisible by blocks of 4x1, got 6x4"),
+        ((torch.ones(6, 4), (2, 3)), "divisible by blocks of 2x3, got 6x4"),
+        ((torch.ones(6), (2, 1)), "expected a 2-D matrix"),
+        ((torch.ones(6, 4), (0, 1)), "at least 1, got 0x1"),
+        ((torch.ones(6, 4), (2, 1), torch.ones(6, 5)), r"expected a mask of shape \(6, 4\)"),
+    ],
+)
+def test_from_dense_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BlockSparse.from_dense(*arguments)
