@@ -43,6 +43,16 @@ def set_isa_cap(name: str | None) -> None:
         _C.set_isa_cap(name)
 
 
+def fma_peak(rounds: int) -> int:
+    """Run `rounds` rounds of independent float32 FMAs on this thread, and return the operations done.
+
+    Timed by the caller, it gives the peak that kernels are judged by. Raises RuntimeError without the extension.
+    """
+    if _C is None:
+        raise RuntimeError(f"fma_peak: {why_unavailable}")
+    return int(_C.fma_peak(rounds))
+
+
 @contextmanager
 def isa_cap(name: str | None) -> Iterator[None]:
     """`set_isa_cap` for the length of a `with` block; for tests and benchmarks, the cap is per process."""

@@ -12,7 +12,7 @@ from sparsenlp.report import cosine_similarity, effective_weight, report
 
 class Halve(nn.Module):
     def forward(self, weight):
-        return torch.cat([weight[: len(weight) // 2], torch.zeros_like(weight[len(weight) // 2 :])])
+        return torch.cat([torch.zeros_like(weight[: len(weight) // 2]), weight[len(weight) // 2 :]])
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_cosine_of_pruned_and_dense(mlp):
     prune.l1_unstructured(mlp[3], "weight", amount=0.5)
     mlp[1] = SparseLinear.from_dense(mlp[1], (8, 1))
     result = cosine_similarity(dense, mlp)
-    wanted = torch.cosine_similarity(dense[3].weight.flatten(), mlp[3].weight.flatten(), dim=0)
+    wanted = torch.cosine_similarity(dense[3].weight.flatten(), mlp[3].weight.flatten(), dim=0).detach()
     assert result.layers["1"] == pytest.approx(1.0)
     assert result.layers["3"] == pytest.approx(float(wanted), abs=1e-6)
     assert result.layers["3"] < result.overall < 1.0

@@ -24,6 +24,7 @@ class SparseLinear(nn.Module):
 
     crow_indices: Tensor
     col_indices: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -1,0 +1,385 @@
+"""Checkpoints of sparsified models: model.safetensors + config.json, checked in full before a kernel sees them.
+
+Format version 1. config.json holds, under `quantization_config`, quant_method "sparsenlp",
+format_version, and `modules`: for every sparse linear layer
+
+    block [n, k], shape [N, K], nnz_blocks, bias (bool), activation, dtype, crc32
+
+and model.safetensors holds for each of them
+
+    <name>.values        (nnz_blocks, n, k)  dtype   canonical BSR: each block row-major
+    <name>.crow_indices  (N / n + 1,)        int32
+    <name>.col_indices   (nnz_blocks,)       int16 where K / k <= 32768, else int32
+    <name>.bias          (N,)                dtype   where `bias` is true
+
+`crc32` runs over the bytes of these tensors in this order. All other tensors are stored as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .convert import replace_modules
+from .formats import BlockSparse
+from .formats.block import INDEX_DTYPE
+from .layers import SparseLinear
+from .models import is_transformers_model
+from .ops.bsr_linear import ACTIVATIONS
+from .report import is_masked
+
+METHOD = "sparsenlp"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted: corrupt, incomplete, inconsistent or of an unknown version."""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What config.json says about one sparse layer; see the module's docstring."""
+
+    block: tuple[int, int]
+    shape: tuple[int, int]
+    nnz_blocks: int
+    bias: bool
+    activation: str
+    dtype: str
+    crc32: int
+
+    @property
+    def column_dtype(self) -> torch.dtype:
+        """Of col_indices on disk."""
+        return torch.int16 if self.shape[1] // self.block[1] <= 2**15 else INDEX_DTYPE
+
+    def tensor_names(self, name: str) -> list[str]:
+        """In the order of crc32."""
+        parts = ["values", "crow_indices", "col_indices"] + (["bias"] if self.bias else [])
+        return [f"{name}.{part}" for part in parts]
+
+
+def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> Path:
+    """Write a checkpoint of a sparsified (or dense) model; a transformers model gets its usual directory.
+
+    Everything is written beside `directory` and flushed to disk first, and only then moved there: a
+    new directory appears complete or not at all, and in an existing one the files of the same names are
+    replaced, others stay. On an error (a full disk) nothing is changed and nothing is left behind.
+
+    tokenizer   saved along by its own save_pretrained
+    returns     the directory
+
+    Raises ValueError if a layer still carries a pruning mask or the state holds something other than
+    tensors, NotADirectoryError if `directory` is a file, OSError if it cannot be written.
+    """
+    target = Path(directory).resolve()
+    with _staged(target) as staging:
+        if is_transformers_model(model):
+            from .models.hf import save
+
+            save(model, staging)
+        else:
+            state, description = to_disk(model)
+            save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+            config = {"architectures": [type(model).__name__], "quantization_config": description}
+            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+    return target
+
+
+def from_pretrained(
+    directory: str | os.PathLike, model: nn.Module | None = None, model_class: type | None = None, **kwargs: Any
+) -> nn.Module:
+    """Load what `save_pretrained` wrote. No code is taken from the files, and nothing is unpickled.
+
+    model         a dense skeleton with the same structure, for a plain module: its nn.Linear layers are
+                  replaced as the file says, its other tensors filled. It is changed only after all checks.
+    model_class   for a transformers model: the class to build, by default the one config.json names
+    kwargs        passed on to the transformers class's from_pretrained
+    returns       the filled `model` itself, or a new transformers model in eval mode
+
+    Raises CheckpointError for anything wrong with the files, ValueError if `model` is missing for a plain
+    checkpoint or is on the meta device.
+    """
+    path = Path(directory)
+    config = read_config(path)
+    entries = parse_description(config.get("quantization_config"), str(path / CONFIG_FILE))
+    if model is not None:
+        return _fill(model, path / WEIGHTS_FILE, entries)
+    if "model_type" not in config:
+        raise ValueError(f"from_pretrained: expected model=<dense skeleton> for {path}, a plain module, got None")
+    from .models.hf import load
+
+    return load(path, config, model_class, **kwargs)
+
+
+def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict in canonical form, the description for config.json).
+
+    A tensor under several names is kept once, under the first, unless `keep_tied`.
+
+    Raises ValueError if a layer carries a mask, the state holds something other than tensors, or the name
+    of a sparse layer has characters other than letters, digits, "_", "-" and dots between.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    for name, module in model.named_modules():
+        if is_masked(module):
+            raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got a mask on {name}")
+        if name in layers and not NAME.fullmatch(name):
+            raise ValueError(f"save_pretrained: expected a module name like encoder.0.fc1, got {name!r}")
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"save_pretrained: expected tensors only in the state, got {type(tensor).__name__} {name}")
+        if keep_tied or id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor.detach().cpu().contiguous()
+    entries = {}
+    for name, layer in layers.items():
+        entry = _describe(layer)
+        state[f"{name}.col_indices"] = state[f"{name}.col_indices"].to(entry.column_dtype)
+        crc32 = _crc32(state[tensor_name] for tensor_name in entry.tensor_names(name))
+        entries[name] = {**asdict(entry), "block": list(entry.block), "shape": list(entry.shape), "crc32": crc32}
+    return state, {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a dict, or CheckpointError."""
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected a readable JSON file, got {type(error).__name__}: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def parse_description(description: Any, where: str = CONFIG_FILE) -> dict[str, LayerEntry]:
+    """{layer name: entry} from a `quantization_config` block, or CheckpointError; `where` begins the message."""
+    if not isinstance(description, Mapping) or description.get("quant_method") != METHOD:
+        raise CheckpointError(f"{where}: expected quantization_config with quant_method {METHOD!r}, got none")
+    version, modules = description.get("format_version"), description.get("modules")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise CheckpointError(f"{where}: expected format_version {FORMAT_VERSION}, got {version!r}")
+    if not isinstance(modules, Mapping):
+        raise CheckpointError(f"{where}: expected modules to be an object, got {type(modules).__name__}")
+    return {name: _parse_entry(name, entry, where) for name, entry in modules.items()}
+
+
+def read_layers(files: Iterable[str | os.PathLike], entries: Mapping[str, LayerEntry]) -> dict[str, BlockSparse]:
+    """The checked weights of all sparse layers, or CheckpointError naming file and layer."""
+    with open_tensors(files) as tensors:
+        return {name: _read_layer(name, entry, tensors) for name, entry in entries.items()}
+
+
+class TensorFiles:
+    """The tensors of some open safetensors files, read one at a time."""
+
+    def __init__(self, handles: Mapping[str, Any]) -> None:
+        self.where = ", ".join(handles)
+        self._handles = {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118
+
+    def names(self) -> set[str]:
+        return set(self._handles)
+
+    def read(self, name: str) -> Tensor:
+        """Raises CheckpointError if there is no such tensor."""
+        if name not in self._handles:
+            raise CheckpointError(f"{self.where}: expected a tensor {name}, got none")
+        return self._handles[name].get_tensor(name)
+
+
+@contextmanager
+def open_tensors(files: Iterable[str | os.PathLike]) -> Iterator[TensorFiles]:
+    """Open safetensors files; CheckpointError for one that is missing, truncated, corrupt or of another kind."""
+    with ExitStack() as stack:
+        handles = {}
+        for file in map(Path, files):
+            if file.suffix != ".safetensors":
+                raise CheckpointError(f"{file}: expected a .safetensors file; pickled weights are never loaded")
+            try:
+                handles[str(file)] = stack.enter_context(safe_open(file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file}: expected a safetensors file, got {error}") from None
+        yield TensorFiles(handles)
+
+
+def linear_for(model: nn.Module, name: str, entry: LayerEntry, where: str) -> nn.Linear:
+    """The nn.Linear of `model` that a sparse layer replaces, or CheckpointError if it does not fit."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(f"{where}: expected {name} to be an nn.Linear in the model, got {type(module).__name__}")
+    if tuple(module.weight.shape) != entry.shape:
+        raise CheckpointError(f"{where}: expected {name} of shape {tuple(module.weight.shape)}, got {entry.shape}")
+    if (module.bias is not None) != entry.bias:
+        raise CheckpointError(f"{where}: expected {name} with bias={module.bias is not None}, got {entry.bias}")
+    return module
+
+
+def _describe(layer: SparseLinear) -> LayerEntry:
+    weight = layer.weight
+    dtype = str(weight.values.dtype).removeprefix("torch.")
+    return LayerEntry(weight.block, weight.shape, weight.nnz_blocks, layer.bias is not None, layer.activation, dtype, 0)
+
+
+def _crc32(tensors: Iterable[Tensor]) -> int:
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def _parse_entry(name: Any, entry: Any, where: str) -> LayerEntry:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise CheckpointError(f"{where}: expected a module name like encoder.0.fc1, got {name!r}")
+    names = {field.name for field in fields(LayerEntry)}
+    if not isinstance(entry, Mapping) or entry.keys() != names:
+        raise CheckpointError(f"{where}: {name}: expected the fields {sorted(names)}, got {entry!r:.200}")
+    checks = {
+        "block": _is_pair(entry["block"]) and min(entry["block"]) >= 1,
+        "shape": _is_pair(entry["shape"]),
+        "nnz_blocks": _is_count(entry["nnz_blocks"]),
+        "bias": isinstance(entry["bias"], bool),
+        "activation": isinstance(entry["activation"], str) and entry["activation"] in ACTIVATIONS,
+        "dtype": isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES,
+        "crc32": _is_count(entry["crc32"]),
+    }
+    for field, valid in checks.items():
+        if not valid:
+            raise CheckpointError(f"{where}: {name}: expected a valid {field}, got {entry[field]!r:.200}")
+    return LayerEntry(**{**entry, "block": tuple(entry["block"]), "shape": tuple(entry["shape"])})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _read_layer(name: str, entry: LayerEntry, files: TensorFiles) -> BlockSparse:
+    """One checked weight, its columns widened to int32."""
+    n, k = entry.block
+    wanted = {
+        "values": ((entry.nnz_blocks, n, k), DTYPES[entry.dtype]),
+        "crow_indices": ((entry.shape[0] // n + 1,), INDEX_DTYPE),
+        "col_indices": ((entry.nnz_blocks,), entry.column_dtype),
+        "bias": ((entry.shape[0],), DTYPES[entry.dtype]),
+    }
+    tensors = {full.rpartition(".")[2]: files.read(full) for full in entry.tensor_names(name)}
+    for part, tensor in tensors.items():
+        got = (tuple(tensor.shape), tensor.dtype)
+        if got != wanted[part]:
+            raise CheckpointError(f"{files.where}: {name}: expected {part} of {wanted[part]}, got {got}")
+    weight = BlockSparse(
+        tensors["crow_indices"], tensors["col_indices"].to(INDEX_DTYPE), tensors["values"], entry.shape
+    )
+    try:
+        weight.validate()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{files.where}: {name}: {error}") from None
+    if (crc32 := _crc32(tensors.values())) != entry.crc32:
+        raise CheckpointError(f"{files.where}: {name}: expected crc32 {entry.crc32}, got {crc32}; the data is corrupt")
+    return weight
+
+
+def _fill(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry]) -> nn.Module:
+    """Load a plain checkpoint into a skeleton; all checks come before the first change."""
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    if meta := next((name for name, tensor in state.items() if tensor.is_meta), None):
+        raise ValueError(f"from_pretrained: expected a skeleton with memory (model.to_empty), got {meta} on meta")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if missing := next((name for name in entries if name not in modules), None):
+        raise CheckpointError(f"{file}: expected only layers of the model, got {missing}")
+    linears = {name: linear_for(model, name, entry, str(file)) for name, entry in entries.items()}
+    replaced = {id(linear) for linear in linears.values()}
+    inside = {f"{name}.{part}" for name, m in modules.items() if id(m) in replaced for part in ("weight", "bias")}
+    dense = {name: tensor for name, tensor in state.items() if name not in inside}
+    with open_tensors([file]) as tensors:
+        weights = {name: _read_layer(name, entry, tensors) for name, entry in entries.items()}
+        biases = {name: tensors.read(f"{name}.bias") for name, entry in entries.items() if entry.bias}
+        sparse_names = {full for name, entry in entries.items() for full in entry.tensor_names(name)}
+        values = _read_dense(dense, tensors, sparse_names)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, linear in linears.items():
+        layer = SparseLinear.from_weight(weights[name], biases.get(name), entries[name].activation)
+        replacements[linear] = layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
+    replace_modules(model, replacements)
+    with torch.no_grad():
+        for name, value in values.items():
+            dense[name].copy_(value)
+    return model
+
+
+def _read_dense(expected: Mapping[str, Tensor], files: TensorFiles, sparse_names: set[str]) -> dict[str, Tensor]:
+    """{name: value} for the tensors of a skeleton; a tied one may be in the file under any of its names."""
+    stored = files.names() - sparse_names
+    if unknown := sorted(stored - expected.keys()):
+        raise CheckpointError(f"{files.where}: expected only tensors of the model, got {unknown[0]}")
+    found = {id(expected[name]) for name in stored}
+    if missing := next((name for name, tensor in expected.items() if id(tensor) not in found), None):
+        raise CheckpointError(f"{files.where}: expected a tensor {missing}, got none")
+    values = {name: files.read(name) for name in stored}
+    for name, value in values.items():
+        wanted, got = ((tuple(t.shape), t.dtype) for t in (expected[name], value))
+        if wanted != got:
+            raise CheckpointError(f"{files.where}: expected {name} of {wanted}, got {got}")
+    return values
+
+
+@contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A scratch directory whose files reach `directory` when the block ends well, and vanish when it does not."""
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"save_pretrained: expected a directory, got a file: {directory}")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        staging = Path(scratch, "new")
+        staging.mkdir()
+        try:
+            yield staging
+        except SafetensorError as error:
+            raise OSError(f"save_pretrained: cannot write {directory}: {error}") from None
+        files = [path for path in staging.rglob("*") if path.is_file()]
+        for path in files:
+            _flush(path)
+        if not directory.exists():
+            staging.rename(directory)
+        else:
+            for path in files:
+                target = directory / path.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+        if os.name == "posix":
+            _flush(directory)
+            _flush(directory.parent)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file, or on POSIX a directory."""
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

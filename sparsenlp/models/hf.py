@@ -1,0 +1,174 @@
+"""transformers: our checkpoints as a quantization method, so that plain from_pretrained and save_pretrained work.
+
+Importing this file registers it. It is imported while transformers itself is still being imported, so
+at module level it may only use what transformers.quantizers.auto uses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    METHOD,
+    CheckpointError,
+    linear_for,
+    parse_description,
+    read_layers,
+    to_disk,
+)
+from ..convert import replace_modules
+from ..formats.block import INDEX_DTYPE, pack_values
+from ..layers import SparseLinear
+
+
+@register_quantization_config(METHOD)
+class SparseNlpConfig(QuantizationConfigMixin):
+    """The `quantization_config` block of config.json. Raises CheckpointError for one that does not make sense."""
+
+    def __init__(
+        self, format_version: Any = FORMAT_VERSION, modules: Any = None, quant_method: str = METHOD, **unknown: Any
+    ) -> None:
+        if unknown:
+            raise CheckpointError(f"{CONFIG_FILE}: expected no other fields in quantization_config, got {[*unknown]}")
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers compares it with plain strings
+        self.format_version = format_version
+        self.modules = {} if modules is None else modules
+        parse_description(self.to_dict())
+
+
+@register_quantizer(METHOD)
+class SparseNlpQuantizer(HfQuantizer):
+    """Puts SparseLinear skeletons in before transformers loads the tensors, and packs them afterwards."""
+
+    quantization_config: SparseNlpConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> nn.Module:
+        """Check the files in full, then replace layers; the model is on the meta device."""
+        entries = parse_description(self.quantization_config.to_dict())
+        if not checkpoint_files:
+            raise CheckpointError(f"{METHOD}: expected checkpoint files to check, got a state dict")
+        where = ", ".join(checkpoint_files)
+        read_layers(checkpoint_files, entries)
+        local = {name: _local_name(model, name) for name in entries}
+        if entries and not any(local.values()):
+            raise CheckpointError(f"{where}: expected layers of {type(model).__name__}, got {next(iter(entries))}")
+        replacements: dict[nn.Module, nn.Module] = {}
+        for name, entry in entries.items():
+            if (target := local[name]) is None:  # belongs to a head that this class does not have
+                continue
+            linear = linear_for(model, target, entry, where)
+            replacements[linear] = SparseLinear(
+                linear.in_features,
+                linear.out_features,
+                entry.block,
+                entry.nnz_blocks,
+                entry.bias,
+                entry.activation,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+        replace_modules(model, replacements)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, SparseLinear):
+                layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
+                layer.values = nn.Parameter(pack_values(layer.values.detach()))
+        model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What model.save_pretrained writes; the config, written after this, gets the matching description."""
+        state, description = to_disk(model, keep_tied=True)
+        self.quantization_config = SparseNlpConfig(**description)
+        model.config.quantization_config = self.quantization_config
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Dense nn.Linear layers with zeros again."""
+        sparse = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+        replace_modules(model, {layer: layer.to_dense() for layer in sparse})
+        return model if dtype is None else model.to(dtype)
+
+
+def attach(model: Any) -> None:
+    """Make model.save_pretrained write our format. The model gets a config of its own first, if it shared one."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    model.hf_quantizer = SparseNlpQuantizer(SparseNlpConfig())
+
+
+def save(model: Any, directory: Path) -> None:
+    """Weights and config of a transformers model, in one file each."""
+    attach(model)
+    model.save_pretrained(directory, max_shard_size="1000GB", save_original_format=False)
+
+
+def load(directory: Path, config: Mapping[str, Any], model_class: Any = None, **kwargs: Any) -> nn.Module:
+    """Build the class that config.json names (one of transformers' own) or `model_class`, and load it.
+
+    Raises CheckpointError where transformers alone would only warn: missing or mismatched tensors, and for the
+    class that config.json names (another one may well leave a head out) tensors that the model does not have.
+    """
+    cls = _class_of(directory, config) if model_class is None else model_class
+    kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = cls.from_pretrained(directory, **kwargs)
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory}: expected a safetensors file, got {error}") from None
+    for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if model_class is None else [])):
+        if info[kind]:
+            raise CheckpointError(f"{directory}: expected the tensors of {cls.__name__}, got {kind} {min(info[kind])}")
+    return model
+
+
+def _class_of(directory: Path, config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    names = config.get("architectures")
+    cls = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{directory / CONFIG_FILE}: expected a transformers model class, got {names!r}")
+    return cls
+
+
+def _local_name(model: nn.Module, name: str) -> str | None:
+    """The name in this model: checkpoints of a base model and of one with a head differ by a prefix."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((candidate for candidate in candidates if candidate in modules), None)

@@ -1,0 +1,282 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sparsenlp import CheckpointError, SparseLinear, SparsifyConfig, from_pretrained, save_pretrained, sparsify_
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 50}
+IDS = torch.arange(12).view(2, 6)
+
+
+@torch.no_grad()
+def sparsified(model):
+    torch.manual_seed(1)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layer." in name:
+            rows, cols = module.weight.shape
+            module.weight.mul_((torch.rand(rows // 8, cols) < 0.2).repeat_interleave(8, 0))
+    sparsify_(model, SparsifyConfig(measure=False))
+    return model.eval()
+
+
+def sparse_names(model):
+    return {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+@pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(0)
+    return sparsified(transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)))
+
+
+@pytest.fixture(scope="module")
+def logits(bert):
+    with torch.no_grad():
+        return bert(IDS).logits
+
+
+@pytest.fixture
+def saved(bert, tmp_path):
+    return save_pretrained(bert, tmp_path / "bert")
+
+
+def rewrite_config(directory, change):
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def rewrite_tensors(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def auto(directory, **kwargs):
+    return transformers.AutoModelForSequenceClassification.from_pretrained(directory, **kwargs)
+
+
+@pytest.mark.parametrize("load", [auto, from_pretrained])
+def test_round_trip(bert, saved, logits, load):
+    loaded = load(saved)
+    assert type(loaded) is type(bert)
+    assert not loaded.training
+    assert sparse_names(loaded) == sparse_names(bert)
+    assert len(sparse_names(loaded)) == 12
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, logits)
+    for name, tensor in bert.state_dict().items():
+        got = loaded.state_dict()[name]
+        assert torch.equal(got, tensor), name
+        assert got.dtype == tensor.dtype
+    layer = loaded.bert.encoder.layer[0].output.dense
+    assert layer.values.stride() == bert.bert.encoder.layer[0].output.dense.values.stride()
+
+
+def test_own_save_pretrained_gives_the_same_files(bert, saved, tmp_path):
+    bert.save_pretrained(tmp_path / "own")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "own" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_saving_again_after_loading_and_training(saved, tmp_path):
+    loaded = auto(saved).train()
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    loaded(IDS, labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()
+    loaded.eval()
+    loaded.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(auto(tmp_path / "again")(IDS).logits, loaded(IDS).logits)
+
+
+SCRIPTS = {
+    "sparsenlp first": "import sparsenlp; from transformers import AutoModelForSequenceClassification as Auto",
+    "transformers first": "from transformers import AutoModelForSequenceClassification as Auto; import sparsenlp",
+}
+
+
+@pytest.mark.parametrize("order", SCRIPTS)
+def test_fresh_process_in_either_order_of_imports(saved, logits, tmp_path, order):
+    save_file({"logits": logits, "ids": IDS}, tmp_path / "expected.safetensors")
+    script = f"""if True:
+        import sys, torch
+        from safetensors.torch import load_file
+        {SCRIPTS[order]}
+        expected = load_file(sys.argv[2])
+        model = Auto.from_pretrained(sys.argv[1])
+        assert sum(isinstance(m, sparsenlp.SparseLinear) for m in model.modules()) == 12
+        with torch.no_grad():
+            assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+    """
+    arguments = [str(saved), str(tmp_path / "expected.safetensors")]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+
+
+def test_import_is_light_and_works_without_transformers():
+    script = """if True:
+        import sys
+        sys.modules["transformers"] = None  # as if it were not installed
+        import torch, sparsenlp
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        torch.nn.init.zeros_(model[0].weight)
+        sparsenlp.sparsify_(model, sparsenlp.SparsifyConfig(measure=False))
+        assert [name for name in sys.modules if name.startswith("transformers")] == ["transformers"]
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_base_model_from_a_checkpoint_with_a_head_and_back(bert, saved, tmp_path):
+    base = transformers.AutoModel.from_pretrained(saved)
+    assert {f"bert.{name}" for name in sparse_names(base)} == sparse_names(bert)
+    base.save_pretrained(tmp_path / "base")
+    headed = auto(tmp_path / "base", num_labels=3)
+    assert sparse_names(headed) == sparse_names(bert)
+    save_pretrained(headed, tmp_path / "headed")
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path / "headed")(IDS).logits, headed.eval()(IDS).logits)
+
+
+def test_model_that_came_from_a_base_checkpoint(tmp_path):
+    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
+    model = sparsified(auto(tmp_path / "base"))
+    for directory in (tmp_path / "a", tmp_path / "b"):
+        model.save_pretrained(directory) if directory.name == "a" else save_pretrained(model, directory)
+        with torch.no_grad():
+            assert torch.equal(from_pretrained(directory)(IDS).logits, model(IDS).logits)
+
+
+def test_tied_decoder(tmp_path):
+    torch.manual_seed(0)
+    model = sparsified(transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)))
+    loaded = from_pretrained(save_pretrained(model, tmp_path / "mlm"))
+    assert loaded.cls.predictions.decoder.weight is loaded.bert.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_dtype_argument(saved):
+    loaded = auto(saved, dtype=torch.bfloat16)
+    layer = loaded.bert.encoder.layer[0].output.dense
+    assert layer.values.dtype == torch.bfloat16
+    assert layer.col_indices.dtype == torch.int32
+    assert loaded(IDS).logits.dtype == torch.bfloat16
+
+
+def test_loaded_model_is_an_ordinary_one(saved, logits):
+    loaded = auto(saved)
+    assert loaded.half().float().double().dtype == torch.float64
+    dense = auto(saved)
+    dense.dequantize()
+    assert not sparse_names(dense)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, logits)
+
+
+def test_models_that_share_a_config_stay_apart(tmp_path):
+    config = transformers.BertConfig(**SIZES)
+    dense = transformers.BertForSequenceClassification(config)
+    sparse = sparsified(transformers.BertForSequenceClassification(config))
+    sparse.save_pretrained(tmp_path / "sparse")
+    dense.save_pretrained(tmp_path / "dense")
+    assert not hasattr(config, "quantization_config")
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+    assert sparse.bert.config is sparse.config
+
+
+def test_deepcopy_still_saves(bert, tmp_path, logits):
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(save_pretrained(copy.deepcopy(bert), tmp_path / "c"))(IDS).logits, logits)
+
+
+def test_tokenizer_is_saved_along(bert, tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, directory):
+            (directory / "vocab.txt").write_text("a")
+
+    directory = save_pretrained(bert, tmp_path / "m", Tokenizer())
+    assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors", "vocab.txt"}
+
+
+def test_failed_save_leaves_no_trace(bert, saved, tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, directory):
+            raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(bert, saved, Tokenizer())
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+FIRST = "bert.encoder.layer.0.output.dense"
+FAULTS = {
+    "version": ("config", lambda c: c["quantization_config"].update(format_version=9), "format_version 1, got 9"),
+    "field": ("config", lambda c: c["quantization_config"].update(x=1), "expected no other fields"),
+    "name": ("config", lambda c: c["quantization_config"]["modules"].update({"../x": {}}), "expected a module name"),
+    "columns": ("tensors", lambda t: t[f"{FIRST}.col_indices"].fill_(99), r"col_indices in \[0, 64\)"),
+    "value": ("tensors", lambda t: t[f"{FIRST}.values"].mul_(2), "expected crc32"),
+    "missing": ("tensors", lambda t: t.pop(f"{FIRST}.crow_indices"), r"crow_indices, got none"),
+    "shape": ("config", lambda c: c.update(intermediate_size=128), r"expected bert\.encoder.* of shape \(128, 32\)"),
+}
+
+
+@pytest.mark.parametrize("load", [auto, from_pretrained])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tampered_files(saved, fault, load):
+    where, change, message = FAULTS[fault]
+    (rewrite_config if where == "config" else rewrite_tensors)(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved)
+
+
+def test_from_pretrained_is_strict_about_dense_tensors(saved):
+    rewrite_tensors(saved, lambda tensors: tensors.pop("classifier.weight"))
+    with pytest.raises(CheckpointError, match=r"got missing_keys classifier\.weight"):
+        from_pretrained(saved)
+
+
+def test_from_pretrained_is_strict_about_dense_shapes(saved):
+    rewrite_tensors(saved, lambda tensors: tensors.update({"classifier.weight": torch.ones(7, 32)}))
+    with pytest.raises(CheckpointError, match="got mismatched_keys"):
+        from_pretrained(saved)
+
+
+def test_from_pretrained_is_strict_about_layers_the_model_lacks(saved):
+    rewrite_config(saved, lambda config: config.update(num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match=r"got unexpected_keys bert\.encoder\.layer\.1"):
+        from_pretrained(saved)
+
+
+def test_class_named_in_the_file_must_be_a_model_of_transformers(saved):
+    rewrite_config(saved, lambda config: config.update(architectures=["Trainer"]))
+    with pytest.raises(CheckpointError, match="expected a transformers model class"):
+        from_pretrained(saved)
+    assert sparse_names(from_pretrained(saved, model_class=transformers.BertForSequenceClassification))
+
+
+@pytest.mark.parametrize("load", [auto, from_pretrained])
+def test_garbage_and_pickles_are_refused(saved, load):
+    raw = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(CheckpointError, match="expected a safetensors file"):
+        load(saved)
+    (saved / "model.safetensors").unlink()
+    torch.save({}, saved / "pytorch_model.bin")
+    with pytest.raises((CheckpointError, OSError), match="safetensors"):
+        load(saved)
+
+
+def test_state_dict_cannot_be_checked(saved):
+    config = transformers.AutoConfig.from_pretrained(saved)
+    with pytest.raises(CheckpointError, match="expected checkpoint files to check"):
+        transformers.BertForSequenceClassification.from_pretrained(None, config=config, state_dict={})
