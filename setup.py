@@ -18,7 +18,7 @@ ISA_FLAGS = {
     },
     "aarch64": {"scalar": [], "neon": []},
 }
-OPS = ("bsr_linear",)
+KERNELS = ("bsr_linear", "limits")
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 
@@ -71,7 +71,7 @@ def native_parts():
         (
             f"sparsenlp_{isa}",
             {
-                "sources": [f"csrc/cpu/{op}/{isa}.cpp" for op in OPS],
+                "sources": [f"csrc/cpu/{kernel}/{isa}.cpp" for kernel in KERNELS],
                 "cflags": [*CXX_FLAGS, *flags],
                 "obj_deps": {"": HEADERS},
             },

