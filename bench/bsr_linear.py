@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsenlp import BlockSparse
-from sparsenlp.measure import Timing, interleave, machine_line, ratio, use_threads
+from sparsenlp.measure import Timing, interleave, machine, machine_line, ratio, use_threads
 from sparsenlp.ops import bsr_linear
 
 from cases import BsrLinearCase  # isort: skip  (found through harness)
@@ -151,7 +151,7 @@ def share_of_limit(result: dict, limits: dict[str, float]) -> dict:
 
 def show(results: list[dict], limits: dict) -> None:
     console = Console(width=150)
-    console.print(machine_line(), highlight=False)
+    console.print(machine_line({**machine(), "threads": " and ".join(map(str, limits))}), highlight=False)
     for threads, limit in limits.items():
         peak = f"{limit['fma_flops'] / 1e9:.0f} GFLOP/s fp32 FMA, " if limit["fma_flops"] else ""
         console.print(f"limits on {threads} threads: {peak}{limit['read_bytes'] / 1e9:.0f} GB/s read", highlight=False)
@@ -202,8 +202,9 @@ def plot(results: list[dict], limits: dict, path: Path) -> None:
     axes[0][0].set_ylabel("times faster than dense")
     axes[0][-1].legend(fontsize=8)
     rows_, columns = cells[0]["shape"]
+    here = {**machine(), "threads": threads}
     figure.suptitle(
-        f"bsr_linear fp32, {block} blocks, {columns} -> {rows_}, {threads} threads\n{machine_line()}", fontsize=8
+        f"bsr_linear fp32, {block} blocks, {columns} -> {rows_}, {threads} threads\n{machine_line(here)}", fontsize=8
     )
     figure.tight_layout()
     figure.savefig(path, dpi=130)
