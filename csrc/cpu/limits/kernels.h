@@ -11,7 +11,8 @@ SNLP_INLINE void keep(Vec& v) { asm volatile("" : "+w"(v)); }
 
 SNLP_INLINE int64_t fma_peak(int64_t rounds) {
   constexpr int kSums = kRegisters == 32 ? 16 : 12;  // more than latency times units, and all in registers
-  Vec sum[kSums] = {};
+  Vec sum[kSums];
+  SNLP_UNROLL for (int i = 0; i < kSums; i++) sum[i] = splat((float)i);  // all different, so none is shared
   Vec a = splat(1e-9f), b = splat(0.5f);
   for (int64_t round = 0; round < rounds; round++) {
     keep(a);  // unknown to the compiler from round to round
