@@ -1,7 +1,9 @@
 """The native build: one static library per instruction set, one abi3 extension on torch's stable ABI."""
 
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -9,7 +11,17 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+    "-g0",
+]
 ISA_FLAGS = {
     "x86_64": {
         "scalar": [],
@@ -49,17 +61,23 @@ def building():
 
 
 def torch_directory():
-    try:
-        import torch
-    except ImportError:
+    """The torch of this environment: its headers and libraries are all the build needs, it is never imported.
+
+    pip's build isolation hides it from `import`, but not from the paths of the interpreter.
+    """
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(spec.origin).parent] if spec and spec.origin else []
+    roots += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    root = next((root for root in roots if (root / "include" / "torch" / "csrc" / "stable").is_dir()), None)
+    if root is None:
         stop(
-            "the extension is built against the torch it will run with, and none is installed here. Type:\n"
-            "    pip install torch setuptools && pip install --no-build-isolation .\n"
-            f"{WITHOUT}"
+            f"the extension is built against the torch it will run with, and found none. Type:\n"
+            f"    pip install 'torch>=2.10'\nand try again, {WITHOUT}"
         )
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        stop(f"expected torch 2.10 or newer, got {torch.__version__}: upgrade it, {WITHOUT}")
-    return Path(torch.__file__).parent
+    version = re.search(r"__version__ = '(\d+)\.(\d+)", (root / "version.py").read_text())
+    if version is None or tuple(map(int, version.groups())) < (2, 10):
+        stop(f"expected torch 2.10 or newer in {root}: upgrade it, {WITHOUT}")
+    return root
 
 
 def native_parts():
@@ -84,6 +102,7 @@ def native_parts():
         include_dirs=[str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch", "torch_cpu"],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
         extra_compile_args=[*CXX_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
         depends=HEADERS,
         language="c++",
