@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+from .layers import trainable_weight
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ class GradientStatistics:
     def update(self) -> None:
         """Fold the present gradients in. Raises RuntimeError if a layer has none."""
         weights = {name: trainable_weight(layer) for name, layer in self.layers.items()}
-        for name, weight in weights.items():
-            if weight.grad is None:
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        for name in weights:
+            if name not in gradients:
                 raise RuntimeError(f"GradientStatistics: expected a gradient in {name}, got None; call backward first")
-        first = self.updates == 0
-        for name, weight in weights.items():
-            product = torch.mul(weight, weight.grad).abs_()
-            self.means[name].lerp_(product, 1.0 if first else 1.0 - self.decay)
+        rate = 1.0 - self.decay if self.updates else 1.0
+        for name, gradient in gradients.items():
+            self.means[name].lerp_((weights[name] * gradient).abs_(), rate)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -92,10 +93,3 @@ class GradientStatistics:
         for name, mean in self.means.items():
             mean.copy_(state[f"means.{name}"])
         self.updates = int(state["updates"])
-
-
-def trainable_weight(layer: nn.Linear) -> Tensor:
-    """The Parameter that an optimizer updates: the weight itself, or the one under its mask."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return layer.parametrizations["weight"].original  # type: ignore[index,union-attr,return-value]
-    return layer.weight

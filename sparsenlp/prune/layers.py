@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -75,11 +76,11 @@ def mask_of(layer: nn.Linear) -> Mask | None:
 
     Raises ValueError if the weight is computed in another way (a weight norm, torch.nn.utils.prune).
     """
-    if parametrize.is_parametrized(layer, "weight"):
-        chain = layer.parametrizations["weight"]  # type: ignore[index]
-        if len(chain) == 1 and isinstance(chain[0], Mask):  # type: ignore[arg-type,index]
-            return chain[0]  # type: ignore[index]
-        raise ValueError(f"expected a plain weight, got one parametrized by {[type(p).__name__ for p in chain]}")  # type: ignore[union-attr]
+    chain = _parametrizations(layer)
+    if chain is not None:
+        if len(chain) == 1 and isinstance(chain[0], Mask):
+            return chain[0]
+        raise ValueError(f"expected a plain weight, got one parametrized by {type(chain[0]).__name__}")
     if "weight" not in layer._parameters:
         raise ValueError("expected the weight to be a Parameter, got a computed one; make it permanent first")
     return None
@@ -90,7 +91,17 @@ def masked_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and parametrize.is_parametrized(module, "weight")
-        and any(isinstance(p, Mask) for p in module.parametrizations["weight"])  # type: ignore[index,union-attr]
+        if isinstance(module, nn.Linear) and any(isinstance(p, Mask) for p in _parametrizations(module) or ())
     }
+
+
+def trainable_weight(layer: nn.Linear) -> Tensor:
+    """The Parameter that an optimizer updates: the weight itself, or the one under its mask."""
+    chain = _parametrizations(layer)
+    return chain.original if chain is not None else layer.weight
+
+
+def _parametrizations(layer: nn.Linear) -> parametrize.ParametrizationList | None:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    return cast(nn.ModuleDict, layer.parametrizations)["weight"]  # type: ignore[return-value]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,7 +83,8 @@ def _unit_scores(
 ) -> dict[str, Tensor]:
     units = {}
     for name, elementwise in scores.items():
-        if not bool((elementwise >= 0).all() & elementwise.isfinite().all()):
+        lowest, highest = elementwise.aminmax()
+        if not (lowest >= 0 and highest < torch.inf):  # false for NaN too
             raise ValueError(f"masks: expected finite scores >= 0 for {name}, got NaN, infinite or negative ones")
         if previous is not None and name in previous:
             elementwise = elementwise.masked_fill(~previous[name], _PRUNED)
@@ -109,26 +109,23 @@ def _protect_best(units: Tensor, fraction: float) -> Tensor:
 
 
 def _keep(units: Tensor, count: int) -> Tensor:
-    """Boolean (units,), False for exactly the `count` lowest; among equals the first in index order.
+    """Boolean (units,), False for all that are pruned already and for exactly `count` in total, the lowest.
 
-    Index order also keeps the units of an n:m group together, since they are neighbours with one score.
+    Among equals the first in index order go, which also keeps the units of an n:m group together:
+    they are neighbours with one score.
     """
-    keep = torch.ones(units.numel(), dtype=torch.bool, device=units.device)
-    if count == 0:
+    keep = units >= 0
+    live = units[keep]
+    more = count - (units.numel() - live.numel())
+    if more <= 0:
         return keep
-    threshold = _kth_smallest(units, count)
-    below = units < threshold
-    ties = (units == threshold).nonzero().flatten()
-    keep[below] = False
-    keep[ties[: count - int(below.sum())]] = False
+    threshold = live.kthvalue(more).values
+    below = live < threshold
+    ties = (live == threshold).nonzero().flatten()
+    live_keep = ~below
+    live_keep[ties[: more - int(below.sum())]] = False
+    keep[keep.clone()] = live_keep
     return keep
-
-
-def _kth_smallest(units: Tensor, k: int) -> Tensor:
-    """The k-th smallest value, k from 1. numpy's introselect is several times torch's kthvalue on a CPU."""
-    if units.device.type == "cpu" and units.dtype == torch.float32:
-        return torch.tensor(np.partition(units.numpy(), k - 1)[k - 1])
-    return units.kthvalue(k).values
 
 
 def _shape(scores: Tensor) -> tuple[int, int]:

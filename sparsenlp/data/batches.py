@@ -1,0 +1,95 @@
+"""Tokenized texts, and batches of similar length that depend only on (seed, epoch)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .text import TextDataset
+
+BUCKET_BATCHES = 32
+"""Batches are cut from buckets of this many batches, sorted by length."""
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """Token ids without padding.
+
+    columns    tokenizer output by name ("input_ids", "token_type_ids", ...): one list of ints per text
+    labels     (examples,) int64
+    pad_values what each column is padded with
+    """
+
+    columns: dict[str, list[list[int]]]
+    labels: Tensor
+    pad_values: dict[str, int]
+
+    def __len__(self) -> int:
+        return self.labels.numel()
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.columns["input_ids"]]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The columns and "attention_mask", each (len(indices), longest) int64, padded on the right."""
+        longest = max(len(self.columns["input_ids"][i]) for i in indices)
+        inputs = {
+            name: torch.tensor([rows[i] + [self.pad_values[name]] * (longest - len(rows[i])) for i in indices])
+            for name, rows in self.columns.items()
+        }
+        lengths = torch.tensor([len(self.columns["input_ids"][i]) for i in indices])
+        inputs["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        return inputs
+
+    def fingerprint(self) -> str:
+        """A digest of every token and label; equal data gives an equal one."""
+        digest = hashlib.sha256(repr(self.labels.tolist()).encode())
+        for name in sorted(self.columns):
+            digest.update(f"{name}{self.columns[name]}".encode())
+        return digest.hexdigest()
+
+
+def tokenize(data: TextDataset, tokenizer: Any, max_length: int = 512) -> TokenizedDataset:
+    """Encode texts (or pairs) with a transformers tokenizer, truncated to `max_length` tokens.
+
+    Raises ValueError for no texts, or a tokenizer without a padding token.
+    """
+    if not len(data):
+        raise ValueError("tokenize: expected at least one text, got none")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenize: expected a tokenizer with a padding token, got none")
+    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=max_length)
+    columns = {name: encoded[name] for name in encoded if name != "attention_mask"}
+    pad_values = dict.fromkeys(columns, 0) | {"input_ids": tokenizer.pad_token_id}
+    return TokenizedDataset(columns, torch.tensor(data.labels), pad_values)
+
+
+def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every index once, in batches of similar length; which ones depends only on (seed, epoch).
+
+    The order is shuffled, cut into buckets, each bucket sorted by length and cut into batches, and
+    the batches shuffled.
+    """
+    rng = random.Random(f"{seed},{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    bucket = batch_size * BUCKET_BATCHES
+    batches = []
+    for start in range(0, len(order), bucket):
+        by_length = sorted(order[start : start + bucket], key=lambda i: lengths[i])
+        batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Every index once, shortest texts first: the least padding, for evaluation."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,23 @@
+"""Training: fine-tuning, recovery with gradual pruning and distillation, evaluation."""
+
+from .config import FinetuneConfig, RecoveryConfig
+from .distill import CachedTeacher
+from .evaluate import accuracy, agreement, cosine_similarity, kl_divergence, predict
+from .finetune import finetune
+from .loop import StepInfo, TrainingLog
+from .recover import recover
+
+__all__ = [
+    "CachedTeacher",
+    "FinetuneConfig",
+    "RecoveryConfig",
+    "StepInfo",
+    "TrainingLog",
+    "accuracy",
+    "agreement",
+    "cosine_similarity",
+    "finetune",
+    "kl_divergence",
+    "predict",
+    "recover",
+]

@@ -1,0 +1,101 @@
+"""What a training run is made of; a run can be repeated from its config, data and model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..prune import CRITERIA, Block, Pattern
+from ..prune.masks import SCOPES, check_sparsity
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What fine-tuning and recovery share. AdamW without weight decay, linear warm-up, linear decay to 0.
+
+    epochs             passes over the data
+    batch_size         examples per step
+    learning_rate      its peak, reached after the warm-up
+    warmup_fraction    share of all steps
+    betas              AdamW's
+    max_gradient_norm  gradients are clipped to this global L2 norm
+    freeze_embeddings  do not train parameters of embedding modules
+    dropout            train with the model's dropout; without it the model runs in eval mode
+    bf16               autocast to bfloat16; parameters stay in their own dtype
+    seed               of the batches and of dropout
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    warmup_fraction: float = 0.04
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_gradient_norm: float = 1.0
+    freeze_embeddings: bool = False
+    dropout: bool = True
+    bf16: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("learning_rate", "max_gradient_norm"):
+            _require(name, getattr(self, name) > 0, "a positive number", getattr(self, name))
+        _require("warmup_fraction", 0 <= self.warmup_fraction < 1, "a fraction in [0, 1)", self.warmup_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Training on the labels alone (see TrainingConfig)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig(TrainingConfig):
+    """Gradual pruning with distillation from the dense model (see TrainingConfig for the rest).
+
+    pattern, sparsity, criterion, scope   as in `prune_`
+    ramp_fraction       share of all steps in which sparsity rises (cubic); then the masks are frozen
+    update_every        steps between two updates of the masks
+    statistics_decay    of the running mean that "taylor" uses
+    label_weight        of the cross-entropy with the labels
+    distill_weight      of KL(teacher || student) of the logits
+    temperature         that the logits are divided by in that KL
+    hidden_weight       of the mean squared error of hidden states, relative to the teacher's mean
+                        square, averaged over layers; 0 for models whose layers do not correspond
+    cache_gib           the teacher's outputs are computed once if they fit in this much memory, else
+                        in every step
+
+    The defaults recovered MiniLM-L6 best among those tried; 3 epochs of 7,000 sentences.
+    """
+
+    pattern: Pattern = field(default=Block(8, 1))
+    sparsity: float = 0.9
+    criterion: str = "taylor"
+    scope: str = "global"
+    ramp_fraction: float = 0.6
+    update_every: int = 10
+    statistics_decay: float = 0.95
+    label_weight: float = 0.3
+    distill_weight: float = 4.0
+    temperature: float = 2.0
+    hidden_weight: float = 1.0
+    cache_gib: float = 2.0
+    learning_rate: float = 3e-4
+    freeze_embeddings: bool = True
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sparsity(self.pattern, self.sparsity)
+        _require("criterion", self.criterion in CRITERIA, f"one of {', '.join(CRITERIA)}", self.criterion)
+        _require("scope", self.scope in SCOPES, f"one of {', '.join(SCOPES)}", self.scope)
+        _require("ramp_fraction", 0 <= self.ramp_fraction <= 1, "a fraction in [0, 1]", self.ramp_fraction)
+        _require("update_every", self.update_every >= 1, "at least 1", self.update_every)
+        _require("statistics_decay", 0 <= self.statistics_decay < 1, "a number in [0, 1)", self.statistics_decay)
+        _require("temperature", self.temperature > 0, "a positive number", self.temperature)
+        weights = (self.label_weight, self.distill_weight, self.hidden_weight)
+        _require("loss weights", min(weights) >= 0 and max(weights) > 0, "none negative and one positive", weights)
+
+
+def _require(name: str, valid: bool, expected: str, got: object) -> None:
+    if not valid:
+        raise ValueError(f"{name}: expected {expected}, got {got}")

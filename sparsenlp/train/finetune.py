@@ -1,0 +1,81 @@
+"""Fine-tuning on labels; masks, where the model has them, are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import TokenizedDataset
+from .config import FinetuneConfig
+from .forward import check_classes, device_of, forward
+from .loop import OnStep, StateFile, TrainingLog, run
+from .state import check_state, identity_of
+
+
+def finetune(
+    model: nn.Module,
+    data: TokenizedDataset,
+    config: FinetuneConfig | None = None,
+    state_path: str | Path | None = None,
+    save_every: int = 200,
+    quiet: bool = False,
+    on_step: OnStep | None = None,
+) -> TrainingLog:
+    """Train a transformers sequence classifier on labels, in place.
+
+    state_path  file to resume from if it exists; written every `save_every` steps, at the end and on
+                Ctrl-C. The caller deletes it when the result is safe.
+    on_step     called after each step
+
+    Raises ValueError, with the model untouched, for labels beyond the model's classes or a state
+    file of another run; FloatingPointError and KeyboardInterrupt as `loop.run` says; OSError if the
+    state cannot be written.
+    """
+    config = config or FinetuneConfig()
+    check_classes(model, data)
+    state_file = open_state(state_path, save_every, config, data, model)
+    return run(model, data, _LabelTask(model, data, config), config, state_file, quiet, on_step)
+
+
+def open_state(
+    path: str | Path | None, every: int, config: object, data: TokenizedDataset, model: nn.Module
+) -> StateFile | None:
+    """The state file of a run, checked if it exists; None without a path. Raises ValueError as `read_state`."""
+    if path is None:
+        return None
+    if every < 1:
+        raise ValueError(f"save_every: expected at least 1, got {every}")
+    identity = identity_of(config, data, model)
+    check_state(Path(path), identity)
+    return StateFile(Path(path), identity, every)
+
+
+class _LabelTask:
+    """Cross-entropy with the labels; no state of its own."""
+
+    name = "finetune"
+
+    def __init__(self, model: nn.Module, data: TokenizedDataset, config: FinetuneConfig) -> None:
+        self.model, self.data, self.config = model, data, config
+
+    def before_step(self, step: int) -> None:
+        pass
+
+    def loss(self, indices: Sequence[int]) -> Tensor:
+        logits = forward(self.model, self.data.batch(indices), bf16=self.config.bf16).logits.float()
+        return F.cross_entropy(logits, self.data.labels[list(indices)].to(device_of(self.model)))
+
+    def after_backward(self, step: int) -> None:
+        pass
+
+    def note(self) -> str:
+        return ""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass
