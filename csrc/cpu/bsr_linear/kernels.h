@@ -278,13 +278,14 @@ SNLP_INLINE void bsr_linear(const BsrLinear& a, int part, int parts, float* scra
     if (a.n % 2 == 0) return few_tokens<2>(a, part, parts);
     return few_tokens<1>(a, part, parts);
   }
-  // BN x R accumulators: 16 of 32 registers, 8 to 12 of 16.
+  // BN x R accumulators: 16 of 32 registers, 12 of 16.
   constexpr bool kMany = kRegisters == 32;
-  if (a.n == 8) return many_tokens<kMany ? 8 : 4, 2, 8>(a, part, parts, scratch);
-  if (a.n == 16) return many_tokens<kMany ? 8 : 4, 2, 16>(a, part, parts, scratch);
-  if (a.n == 4) return many_tokens<4, kMany ? 4 : 2, 4>(a, part, parts, scratch);
-  if (a.n % 8 == 0) return many_tokens<kMany ? 8 : 4, 2, 0>(a, part, parts, scratch);
-  if (a.n % 4 == 0) return many_tokens<4, kMany ? 4 : 2, 0>(a, part, parts, scratch);
+  constexpr int BN = kMany ? 8 : 4, R = kMany ? 2 : 3, R4 = kMany ? 4 : 3;
+  if (a.n == 8) return many_tokens<BN, R, 8>(a, part, parts, scratch);
+  if (a.n == 16) return many_tokens<BN, R, 16>(a, part, parts, scratch);
+  if (a.n == 4) return many_tokens<4, R4, 4>(a, part, parts, scratch);
+  if (a.n % 8 == 0) return many_tokens<BN, R, 0>(a, part, parts, scratch);
+  if (a.n % 4 == 0) return many_tokens<4, R4, 0>(a, part, parts, scratch);
   if (a.n % 2 == 0) return many_tokens<2, 4, 0>(a, part, parts, scratch);
   return many_tokens<1, 4, 0>(a, part, parts, scratch);
 }
