@@ -178,11 +178,21 @@ SNLP_INLINE void decode_rows(const BsrLinear& a, int64_t token0, int64_t block_r
         SNLP_UNROLL for (int m = 0; m < MT; m++) sum[u][m] += w * x[m * a.K + a.col[p + u]];
       }
     }
-  for (; p < last; p++)
-    for (int64_t b = 0; b < k; b++, values += n) {
+  for (; p < last; p++) {
+    constexpr int V = U < 4 ? U : 4;
+    const float* xb = x + a.col[p] * k;
+    int64_t b = 0;
+    for (; b + V <= k; b += V)
+      SNLP_UNROLL for (int v = 0; v < V; v++, values += n) {
+        __builtin_prefetch((const char*)values + kPrefetchDecode);
+        const VecL<L> w = load<L>(values);
+        SNLP_UNROLL for (int m = 0; m < MT; m++) sum[v][m] += w * xb[m * a.K + b + v];
+      }
+    for (; b < k; b++, values += n) {
       const VecL<L> w = load<L>(values);
-      SNLP_UNROLL for (int m = 0; m < MT; m++) sum[0][m] += w * x[m * a.K + a.col[p] * k + b];
+      SNLP_UNROLL for (int m = 0; m < MT; m++) sum[0][m] += w * xb[m * a.K + b];
     }
+  }
   const int64_t row = block_row * n + inside;
   for (int m = 0; m < MT; m++) {
     VecL<L> y = sum[0][m];
