@@ -19,7 +19,7 @@ $(VENV)/.ready: constraints.txt
 
 $(BUILT): $(VENV)/.ready $(SOURCES)
 	rm -f $(VENV)/.built-* sparsenlp/_C*.so
-	SPARSENLP_NATIVE=$(NATIVE) $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	SPARSENLP_NATIVE=$(NATIVE) $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev,gpu]"
 	touch $@
 
 test: build
