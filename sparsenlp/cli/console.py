@@ -1,0 +1,125 @@
+"""What all verbs share: one line per error, exit codes, notes, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+TABLE_WIDTH = 160
+"""Characters that a table may take where the output is no terminal."""
+
+_BAD_INPUT_ERRORS = (
+    ValueError,
+    ModuleNotFoundError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+_EXPECTED_ERRORS = (*_BAD_INPUT_ERRORS, OSError, RuntimeError, FloatingPointError)
+
+
+class CommandLine(TyperGroup):
+    """Ends with one line on standard error: exit code 2 for bad input, 1 for a failure, 130 for Ctrl-C."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        wants_help = not args
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if wants_help or not _is_usage_error(error):
+                raise
+            _fail(error, ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as error:
+            _print_line(str(error) or "stopped")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if ctx.params.get("traceback") and not _is_usage_error(error):
+                raise
+            _fail(error, ctx)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C within the `with` block tells how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; run the same command again to go on from there") from None
+
+
+def note(text: str) -> None:
+    """A line for the user that is no result: to standard error."""
+    Console(stderr=True, highlight=False).print(Text(text), soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """A line of the result: to standard output."""
+    Console(highlight=False).print(Text(text), soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def print_table(cells: Sequence[Sequence[str]], title: str) -> None:
+    """The first row is the header; the first column goes to the left, the others to the right."""
+    say(title)
+    header, *rows = cells
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=TABLE_WIDTH)
+    console.print(table)
+
+
+def output_directory(path: Path) -> Path:
+    """Raise NotADirectoryError if something else is there; work of minutes should not fail at its end."""
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"output: expected a directory, got a file: {path}")
+    return path
+
+
+def _fail(error: Exception, ctx: Any) -> NoReturn:
+    text = " ".join((str(error) or type(error).__name__).split())
+    if _is_usage_error(error):
+        context = getattr(error, "ctx", None) or ctx
+        text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        _print_line(f"{text} (see {context.command_path} --help)")
+        raise typer.Exit(BAD_INPUT)
+    if not isinstance(error, _EXPECTED_ERRORS):
+        text = f"unexpected {type(error).__name__}: {text}; sparsenlp --traceback ... shows where it arose"
+    _print_line(text)
+    raise typer.Exit(BAD_INPUT if isinstance(error, _BAD_INPUT_ERRORS) else FAILED) from None
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether it is click's, which typer carries along in some versions and imports in others."""
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _print_line(text: str) -> None:
+    print(f"sparsenlp: {text}", file=sys.stderr)

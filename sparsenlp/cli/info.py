@@ -1,0 +1,63 @@
+"""sparsenlp info"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+from .. import native
+from ..measure import machine
+from ..ops.bsr_linear import BACKENDS
+from .console import print_json, say
+
+OPS = ("bsr_linear",)
+
+
+def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False) -> None:
+    """Show what this installation can do here: CPU, instruction set, threads, and the backends of each op."""
+    data = collect()
+    if json:
+        print_json(data)
+        return
+    m = data["machine"]
+    isas = ", ".join(data["isas"]) or f"none: {native.why_unavailable}"
+    lines = {
+        "sparsenlp": m["sparsenlp"],
+        "CPU": f"{m['cpu']}, {m['cores']} cores",
+        "ISA in use": m["isa"] or "none",
+        "ISAs available": isas,
+        "threads": f"{m['threads']}",
+        "torch": m["torch"],
+        "transformers": data["transformers"] or "not installed; pip install 'sparsenlp[hf]'",
+        "system": m["os"],
+    }
+    for op, backends in data["ops"].items():
+        for backend, state in backends.items():
+            lines[f"{op}, {backend}"] = state
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        say(f"{name:<{width}}  {value}")
+
+
+def collect() -> dict[str, Any]:
+    """The same as JSON data; transformers is not imported."""
+    states = {
+        "native": "float32 on cpu" if native.available else f"unavailable: {native.why_unavailable}",
+        "reference": "any dtype and device; correct, not fast",
+    }
+    return {
+        "machine": machine(),
+        "isas": native.isas(),
+        "native": native.available,
+        "transformers": _installed("transformers"),
+        "ops": {op: {backend: states[backend] for backend in BACKENDS} for op in OPS},
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
