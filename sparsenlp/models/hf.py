@@ -133,8 +133,9 @@ def attach(model: Any) -> None:
 
 
 def save(model: Any, directory: Path) -> None:
-    """Weights and config of a transformers model, in one file each."""
-    attach(model)
+    """Weights and config of a transformers model, in one file each; an ordinary directory if no layer is sparse."""
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        attach(model)
     model.save_pretrained(directory, max_shard_size="1000GB", save_original_format=False)
 
 

@@ -280,3 +280,18 @@ def test_state_dict_cannot_be_checked(saved):
     config = transformers.AutoConfig.from_pretrained(saved)
     with pytest.raises(CheckpointError, match="expected checkpoint files to check"):
         transformers.BertForSequenceClassification.from_pretrained(None, config=config, state_dict={})
+
+
+def test_dense_model_gets_an_ordinary_directory(tmp_path):
+    """No quantization_config without a sparse layer: transformers alone must be able to load it."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)).eval()
+    save_pretrained(model, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text(encoding="utf-8"))
+    torch.testing.assert_close(from_pretrained(tmp_path / "dense")(IDS).logits, model(IDS).logits)
+
+
+def test_all_files_have_the_usual_mode(tmp_path):
+    (tmp_path / "usual").touch()
+    save_pretrained(transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)), tmp_path / "dense")
+    modes = {path.stat().st_mode for path in (tmp_path / "dense").iterdir()}
+    assert modes == {(tmp_path / "usual").stat().st_mode}

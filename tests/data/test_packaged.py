@@ -35,5 +35,5 @@ def test_an_absent_package_is_named(monkeypatch, load, package):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(demo, "distribution", absent)
-    with pytest.raises(ModuleNotFoundError, match=f"expected the package {package}; pip install"):
+    with pytest.raises(ModuleNotFoundError, match=f"expected the package {package}, got none; pip install"):
         load()
