@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import csr, dense_baselines, fma_peak, read_bandwidth, rotating, write_record
+from harness import csr, dense_baselines, fma_limit, read_limit, rotating, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -52,28 +52,20 @@ def main() -> None:
     sweep = QUICK if arguments.quick else Sweep()
     if arguments.threads:
         sweep = replace(sweep, threads=tuple(arguments.threads))
-    results, limits = [], {}
+    results = []
     with torch.inference_mode():
         for threads in sweep.threads:
             with use_threads(threads):
-                before = machine_limits(threads)
-                rows = [
+                results += [
                     row
                     for shape in sweep.shapes
                     for tokens in sweep.tokens
                     for sparsity in sweep.sparsities
                     for row in measure(shape, tokens, sparsity, threads, sweep)
                 ]
-                limits[threads] = {name: max(value, before[name]) for name, value in machine_limits(threads).items()}
-                results += [row | share_of_limit(row, limits[threads]) for row in rows]
-    show(results, limits)
-    write_record(arguments.output / "bsr_linear.json", limits=limits, results=results)
-    plot(results, limits, arguments.output / "bsr_linear.png")
-
-
-def machine_limits(threads: int) -> dict[str, float]:
-    """What the kernels are judged by. Taken before and after a sweep, and the better kept: a neighbour may disturb."""
-    return {"fma_flops": fma_peak(threads), "read_bytes": read_bandwidth()}
+    show(results)
+    write_record(arguments.output / "bsr_linear.json", results=results)
+    plot(results, arguments.output / "bsr_linear.png")
 
 
 def measure(shape: tuple[int, int], tokens: int, sparsity: float, threads: int, sweep: Sweep) -> list[dict]:
@@ -96,12 +88,17 @@ def measure(shape: tuple[int, int], tokens: int, sparsity: float, threads: int, 
         check(steps, block, case, x, bias)
     if tokens == CSR_TOKENS:
         steps["torch CSR"] = csr(weights[sweep.blocks[0]][0].to_dense(), bias, x)
-    timings = interleave(steps, sweep.seconds)
+    fma, (read, read_bytes) = fma_limit(), read_limit()
+    limit_steps = {"limit: read": read} | ({"limit: fma": fma[0]} if fma else {})
+    timings = interleave(steps | limit_steps, sweep.seconds)
+    limits = {"read_bytes": read_bytes / timings.pop("limit: read").median}
+    if fma:
+        limits["fma_flops"] = threads * fma[1] / timings.pop("limit: fma").median
     baselines = [name for name in timings if name.startswith(("torch", "oneDNN"))]
     return [
         row(name, timing, timings, baselines)
         | {"threads": threads, "shape": list(shape), "tokens": tokens, "sparsity": sparsity}
-        | (rates(name, timing, weights, tokens) if name not in baselines else {})
+        | ({} if name in baselines else rates(name, timing, weights, tokens, limits))
         for name, timing in timings.items()
     ]
 
@@ -133,28 +130,27 @@ def row(name: str, timing: Timing, timings: dict[str, Timing], baselines: list[s
     }
 
 
-def rates(name: str, timing: Timing, weights: dict, tokens: int) -> dict:
-    """FLOP/s on stored weights, and bytes of weights and indices per second."""
+def rates(name: str, timing: Timing, weights: dict, tokens: int, limits: dict[str, float]) -> dict:
+    """FLOP/s on stored weights, bytes of weights and indices per second, and the share of the limit that binds.
+
+    That is memory for one token on cold weights, else the FMA units.
+    """
     weight = next(copies[0] for (n, k), copies in weights.items() if f"{n}x{k}" == name)
-    flops = 2 * tokens * weight.values.numel() / timing.median
-    return {"flops": flops, "bytes_per_second": weight.nbytes / timing.median}
+    flops, moved = 2 * tokens * weight.values.numel() / timing.median, weight.nbytes / timing.median
+    if tokens == 1:
+        share = moved / limits["read_bytes"]
+    else:
+        share = flops / limits["fma_flops"] if "fma_flops" in limits else None
+    bound = "bandwidth" if tokens == 1 else "fma"
+    return {"flops": flops, "bytes_per_second": moved, "limits": limits, "bound": bound, "share_of_limit": share}
 
 
-def share_of_limit(result: dict, limits: dict[str, float]) -> dict:
-    """Of the limit that binds: memory for one token on cold weights, else the FMA units."""
-    if "flops" not in result:
-        return {}
-    if result["tokens"] == 1:
-        return {"bound": "bandwidth", "share_of_limit": result["bytes_per_second"] / limits["read_bytes"]}
-    return {"bound": "fma", "share_of_limit": result["flops"] / limits["fma_flops"] if limits["fma_flops"] else None}
-
-
-def show(results: list[dict], limits: dict) -> None:
+def show(results: list[dict]) -> None:
     console = Console(width=150)
-    console.print(machine_line({**machine(), "threads": " and ".join(map(str, limits))}), highlight=False)
-    for threads, limit in limits.items():
-        peak = f"{limit['fma_flops'] / 1e9:.0f} GFLOP/s fp32 FMA, " if limit["fma_flops"] else ""
-        console.print(f"limits on {threads} threads: {peak}{limit['read_bytes'] / 1e9:.0f} GB/s read", highlight=False)
+    counts = sorted({result["threads"] for result in results})
+    console.print(machine_line({**machine(), "threads": " and ".join(map(str, counts))}), highlight=False)
+    for threads in counts:
+        console.print(limit_line([r["limits"] for r in results if r["threads"] == threads and "limits" in r], threads))
     table = Table(title="float32, median time; ratio of times, interleaved; M = 1 with cold weights")
     baselines = list(results[0]["speedup"])
     for title in ("threads", "N x K", "M", "sparsity", "block", "us", "spread", *(f"x {b}" for b in baselines)):
@@ -178,14 +174,23 @@ def show(results: list[dict], limits: dict) -> None:
     console.print(table)
 
 
-def plot(results: list[dict], limits: dict, path: Path) -> None:
+def limit_line(limits: list[dict[str, float]], threads: int) -> str:
+    """The machine's limits as they were while it was measured: from the least to the most."""
+    texts = []
+    for name, unit in (("fma_flops", "GFLOP/s fp32 FMA"), ("read_bytes", "GB/s read from memory")):
+        values = [limit[name] / 1e9 for limit in limits if name in limit]
+        texts += [f"{min(values):.0f} to {max(values):.0f} {unit}"] if values else []
+    return f"limits on {threads} threads, measured among the rest: {', '.join(texts)}"
+
+
+def plot(results: list[dict], path: Path) -> None:
     """Speed-up over each dense baseline against sparsity, one panel per number of tokens, most threads."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    threads = max(limits)
+    threads = max(result["threads"] for result in results)
     rows = [r for r in results if r["threads"] == threads and "flops" in r]
     tokens = sorted({r["tokens"] for r in rows})
     block = rows[0]["name"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,36 +70,24 @@ def csr(weight: Tensor, bias: Tensor, x: Tensor) -> Step:
     return lambda: F.linear(x, sparse, bias)
 
 
-def fma_peak(threads: int, seconds: float = 2e-3, tries: int = 200) -> float:
-    """float32 FLOP/s of all threads together, the best of many short tries (a neighbour rarely
-    disturbs them all); 0 without the extension."""
+FMA_ROUNDS = 40_000  # some tenths of a millisecond
+READ_BYTES = 4 << 20
+
+
+def fma_limit() -> tuple[Callable[[], int], int] | None:
+    """(a step of nothing but FMAs on one thread, its float32 operations); None without the extension.
+
+    A step among the others of `interleave`: clocks drift, so the peak has to be taken at the same time.
+    """
     if not native.available:
-        return 0.0
-    rounds = 10_000
-    rounds = int(rounds * seconds * _fma_flops(1, rounds) / native.fma_peak(rounds))
-    return max(_fma_flops(threads, rounds) for _ in range(tries))
+        return None
+    return lambda: native.fma_peak(FMA_ROUNDS), native.fma_peak(FMA_ROUNDS)
 
 
-def _fma_flops(threads: int, rounds: int) -> float:
-    done: list[int] = []
-    pool = [threading.Thread(target=lambda: done.append(native.fma_peak(rounds))) for _ in range(threads)]
-    start = time.perf_counter()
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
-    return sum(done) / (time.perf_counter() - start)
-
-
-def read_bandwidth(megabytes: int = 256) -> float:
-    """Bytes per second read from memory on torch's present threads, the best of ten sums."""
-    data = torch.ones(megabytes << 18)
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - start)
-    return data.numel() * 4 / best
+def read_limit(slices: int = 32) -> tuple[Step, int]:
+    """(a step that reads memory on torch's threads, its bytes); slices rotate, so that they are cold."""
+    data = torch.ones(slices, READ_BYTES // 4)
+    return rotating([row.sum for row in data]), READ_BYTES
 
 
 def write_record(path: Path, **content: Any) -> None:
