@@ -43,7 +43,7 @@ class DemoConfig:
     batches: tuple[int, ...] = (1, 16)
     lengths: tuple[int, ...] = (16, 128)
     baselines: tuple[str, ...] = ("eager fp32", "eager bf16", "compiled fp32", "dynamic int8")
-    seconds: float = 8.0
+    seconds: float = 5.0
     measure_seconds: float = 0.1
     threads: int = 2
     seed: int = 0
