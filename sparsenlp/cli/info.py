@@ -47,12 +47,13 @@ def collect() -> dict[str, Any]:
         "native": "float32 on cpu" if native.available else f"unavailable: {native.why_unavailable}",
         "reference": "any dtype and device; correct, not fast",
     }
+    triton = "not chosen: compiled and simulated, not run on hardware" if _installed("triton") else "not installed"
     return {
         "machine": machine(),
         "isas": native.isas(),
         "native": native.available,
         "transformers": _installed("transformers"),
-        "ops": {op: {backend: states[backend] for backend in BACKENDS} for op in OPS},
+        "ops": {op: {backend: states[backend] for backend in BACKENDS} | {"triton": triton} for op in OPS},
     }
 
 
