@@ -33,6 +33,7 @@ def bsr_linear(
                 "reference". A named backend runs or raises RuntimeError.
     returns     (..., N)     dtype of x
 
+    Under autocast x is cast to the weight's dtype, and the result has that dtype.
     Indices are trusted here: they were checked when the weight was built or loaded.
     Differentiable in x, the values and the bias; values get gradients at stored blocks only.
 
@@ -63,7 +64,9 @@ def call(
 ) -> Tensor:
     """bsr_linear on bare tensors, for layers: it checks x, and trusts what the layer checked when it was made."""
     if x.dtype != values.dtype:
-        raise TypeError(f"bsr_linear: expected x of dtype {values.dtype}, got {x.dtype}")
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"bsr_linear: expected x of dtype {values.dtype}, got {x.dtype}")
+        x = x.to(values.dtype)
     if not x.dim() or x.shape[-1] != columns:
         raise ValueError(f"bsr_linear: expected K = {columns} columns in x, got shape {tuple(x.shape)}")
     if x.device != values.device:

@@ -157,6 +157,20 @@ def test_strided_inputs():
     torch.testing.assert_close(bsr_linear(x, strided), expected)
 
 
+def test_autocast_computes_in_the_dtype_of_the_weight():
+    x, weight = CASE.x(), CASE.weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bsr_linear(x.bfloat16(), weight)
+    assert torch.equal(y, bsr_linear(x.bfloat16().float(), weight))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_no_columns_leaves_the_bias(tokens, backend):
+    weight, bias = BlockSparse.from_dense(torch.zeros(16, 0), (8, 1)), torch.arange(-8.0, 8.0)
+    y = bsr_linear(torch.zeros(tokens, 0), weight, bias, "relu", backend=backend)
+    assert torch.equal(y, bias.relu().expand(tokens, -1))
+
+
 def test_compile_fullgraph():
     weight, bias = CASE.weight().packed(), CASE.bias_vector()
 
