@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import exp, log
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from .formats import BlockSparse
 from .formats.block import split_blocks
 from .layers import SparseLinear
-from .measure import interleave, machine, use_threads
+from .measure import interleave, machine, ratio, use_threads
 from .models import after_conversion
 from .plan import BlockShape, Plan, PlanRow, Times, block_name, geometric_mean
 from .report import effective_weight
@@ -37,7 +38,8 @@ class SparsifyConfig:
     token_counts  rows of the input (batch * sequence) to be fast for; all count the same
     min_sparsity  a layer with fewer zeros stays dense unmeasured; a block shape must also leave out
                   this fraction to be a candidate
-    min_speedup   a sparse layer must be this much faster than the dense one (geometric mean over token_counts)
+    min_speedup   a sparse layer must be this much faster than the dense one (geometric mean over token_counts),
+                  and faster at all in 80 % of the rounds
     blocks        (n, k) block shapes to try, the preferred first (the order decides only without measuring)
     measure       False: choose by pattern alone, which may make a layer slower
     seconds       time spent on one measurement, for each token count
@@ -208,7 +210,14 @@ def _plan_layer(
     speedup = geometric_mean(found.dense) / seconds[block]
     if speedup < config.min_speedup:
         return row.keep_dense(f"best sparse ({block_name(block)}) only {speedup:.2f}x", speedup)
+    if _certain_speedup(found.dense, found.sparse[block]) <= 1:
+        return row.keep_dense(f"best sparse ({block_name(block)}) {speedup:.2f}x, but not beyond the noise", speedup)
     return row.choose(block, densities[block], f"{speedup:.2f}x faster", speedup)
+
+
+def _certain_speedup(dense: Times, sparse: Times) -> float:
+    """What 80 % of the rounds reach at least: geometric mean over the token counts of the paired ratio's p20."""
+    return exp(sum(log(ratio(dense[tokens], sparse[tokens]).p20) for tokens in dense) / len(dense))
 
 
 def candidate_densities(weight: Tensor, config: SparsifyConfig) -> dict[BlockShape, float]:

@@ -172,6 +172,19 @@ def test_token_counts_weigh_the_same(model, monkeypatch):
     assert plan.converted
 
 
+def test_a_gain_within_the_noise_stays_dense(model, monkeypatch):
+    """Faster by the medians, but slower in four rounds of ten."""
+
+    def interleave(runs, seconds):
+        times = {"dense": [1.0] * 10, "8x1": [0.5] * 6 + [1.5] * 4}
+        return {name: Timing.of(times.get(name, [2.0] * 10)) for name in runs}
+
+    monkeypatch.setattr("sparsenlp.convert.interleave", interleave)
+    plan = sparsify_(model, SparsifyConfig(token_counts=(4,)))
+    assert not plan.converted
+    assert plan.rows[0].reason == "best sparse (8x1) 2.00x, but not beyond the noise"
+
+
 def test_alike_layers_share_a_measurement(model, fake_times):
     calls = fake_times({"dense": 2.0})
     plan = sparsify_(model, MEASURED)
@@ -191,7 +204,7 @@ def test_real_measurement(model, ids):
     torch.testing.assert_close(model(ids), expected)
     for row in plan.rows[:4]:
         assert row.dense[4].median > 0
-        assert (row.block is not None) == (row.speedup >= 1.05)
+        assert row.block is None or row.speedup >= 1.05
     assert plan.threads == 1
 
 
