@@ -64,7 +64,7 @@ def call(
 ) -> Tensor:
     """bsr_linear on bare tensors, for layers: it checks x, and trusts what the layer checked when it was made."""
     if x.dtype != values.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"bsr_linear: expected x of dtype {values.dtype}, got {x.dtype}")
         x = x.to(values.dtype)
     if not x.dim() or x.shape[-1] != columns:
@@ -72,7 +72,8 @@ def call(
     if x.device != values.device:
         raise ValueError(f"bsr_linear: expected x on {values.device}, got {x.device}")
     if _choose(x, backend) == "reference":
-        return reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _op(x, crow_indices, col_indices, values, bias, activation)
     with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call

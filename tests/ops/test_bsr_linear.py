@@ -157,11 +157,12 @@ def test_strided_inputs():
     torch.testing.assert_close(bsr_linear(x, strided), expected)
 
 
-def test_autocast_computes_in_the_dtype_of_the_weight():
-    x, weight = CASE.x(), CASE.weight()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_the_dtype_of_the_weight(dtype, backend):
+    x, weight = CASE.x().to(dtype), CASE.weight()
     with torch.autocast("cpu", torch.bfloat16):
-        y = bsr_linear(x.bfloat16(), weight)
-    assert torch.equal(y, bsr_linear(x.bfloat16().float(), weight))
+        y = bsr_linear(x, weight, backend=backend)
+    assert torch.equal(y, bsr_linear(x.float(), weight, backend=backend))
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
