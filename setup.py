@@ -7,9 +7,11 @@ import re
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
 
 CXX_FLAGS = [
     "-O3",
@@ -22,15 +24,23 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-g0",
 ]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
     "x86_64": {
         "scalar": [],
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+        "avx2_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "avx512": AVX512,
+        "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     },
-    "aarch64": {"scalar": [], "neon": []},
+    "aarch64": {
+        "scalar": [],
+        "neon": [],
+        "neon_dot": ["-march=armv8.2-a+dotprod"],
+        "neon_bf16": ["-march=armv8.2-a+dotprod+bf16"],
+    },
 }
-KERNELS = ("bsr_linear", "limits")
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 
@@ -80,6 +90,16 @@ def torch_directory():
     return root
 
 
+class BuildLibraries(build_clib):
+    """One library per instruction set, as many at a time as there are CPUs."""
+
+    def build_libraries(self, libraries):
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        build = super().build_libraries
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda library: build([library]), libraries))
+
+
 def native_parts():
     if not building():
         return {}
@@ -89,7 +109,7 @@ def native_parts():
         (
             f"sparsenlp_{isa}",
             {
-                "sources": [f"csrc/cpu/{kernel}/{isa}.cpp" for kernel in KERNELS],
+                "sources": sorted(map(str, Path("csrc/cpu").glob(f"*/{isa}.cpp"))),
                 "cflags": [*CXX_FLAGS, *flags],
                 "obj_deps": {"": HEADERS},
             },
@@ -98,7 +118,7 @@ def native_parts():
     ]
     extension = Extension(
         "sparsenlp._C",
-        sources=["csrc/module.cpp", "csrc/register.cpp", "csrc/cpu/isa.cpp"],
+        sources=["csrc/module.cpp", "csrc/cpu/isa.cpp", *sorted(map(str, Path("csrc/ops").glob("*.cpp")))],
         include_dirs=[str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch", "torch_cpu"],
@@ -109,6 +129,7 @@ def native_parts():
         py_limited_api=True,
     )
     return {
+        "cmdclass": {"build_clib": BuildLibraries},
         "libraries": libraries,
         "ext_modules": [extension],
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},

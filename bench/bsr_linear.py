@@ -83,7 +83,7 @@ def measure(shape: tuple[int, int], tokens: int, sparsity: float, threads: int, 
     steps = {name: rotating([baselines[name] for baselines in per_copy]) for name in per_copy[0]}
     weights = {}
     for block, case in cases.items():
-        weights[block] = cold_copies(case.weight().packed(), tokens)
+        weights[block] = cold_copies(case.weight(), tokens)
         steps[f"{block[0]}x{block[1]}"] = rotating([partial(bsr_linear, x, weight, bias) for weight in weights[block]])
         check(steps, block, case, x, bias)
     if tokens == CSR_TOKENS:

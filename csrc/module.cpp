@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstring>
+#include <string>
 
 #include "cpu/isa.h"
 #include "cpu/limits/limits.h"
@@ -23,6 +24,29 @@ static PyObject* isas(PyObject*, PyObject*) {
   return list;
 }
 
+// {"op.dtype": [instruction sets with a kernel of its own that this machine runs, best first]}
+static PyObject* kernels(PyObject*, PyObject*) {
+  static const struct {
+    int isa;
+    const char* name;
+  } list[] = {
+#define FORWARD(isa, dtype, suffix) {isa, "bsr_linear." #dtype},
+#include "cpu/bsr_linear/bsr_linear.inc"
+  };
+  PyObject* all = PyDict_New();
+  for (auto& kernel : list) {
+    if (!all || !isa_supported(kernel.isa)) continue;
+    PyObject* found = PyDict_GetItemString(all, kernel.name);
+    PyObject* isas = found ? Py_NewRef(found) : PyList_New(0);
+    PyObject* isa = PyUnicode_FromString(isa_name(kernel.isa));
+    if (!isas || !isa || PyList_Append(isas, isa) < 0 || PyDict_SetItemString(all, kernel.name, isas) < 0)
+      Py_CLEAR(all);
+    Py_XDECREF(isa);
+    Py_XDECREF(isas);
+  }
+  return all;
+}
+
 static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(isa_name(isa_in_use())); }
 
 static PyObject* set_cap(PyObject*, PyObject* arg) {
@@ -36,9 +60,12 @@ static PyObject* set_cap(PyObject*, PyObject* arg) {
   for (int isa = 0; isa < kIsaCount; isa++)
     if (!std::strcmp(PyBytes_AsString(bytes), isa_name(isa))) found = isa;
   Py_DECREF(bytes);
-  if (found < 0)
+  if (found < 0) {
+    std::string names;
+    for (int isa = 0; isa < kIsaCount; isa++) names += (isa ? ", " : "") + std::string(isa_name(isa));
     return PyErr_Format(
-        PyExc_ValueError, "SPARSENLP_CPU_ISA: expected one of scalar, neon, avx2, avx512, got '%U'", arg);
+        PyExc_ValueError, "SPARSENLP_CPU_ISA: expected one of %s, got '%U'", names.c_str(), arg);
+  }
   set_isa_cap(found);
   Py_RETURN_NONE;
 }
@@ -65,6 +92,7 @@ static PyObject* fma_peak(PyObject*, PyObject* arg) {
 
 static PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "Instruction sets this machine runs, best first."},
+    {"kernels", kernels, METH_NOARGS, "Instruction sets that have a kernel of their own, by op and dtype."},
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"set_isa_cap", set_cap, METH_O, "Use none better than this one; None lifts the cap."},
     {"fma_peak", fma_peak, METH_O, "Run this many rounds of independent float32 FMAs; returns the operations done."},

@@ -29,6 +29,11 @@ def isas() -> list[str]:
     return list(_C.isas()) if _C is not None else []
 
 
+def kernels() -> dict[str, list[str]]:
+    """{"op.dtype": instruction sets with a kernel of their own that this CPU runs, best first}."""
+    return dict(_C.kernels()) if _C is not None else {}
+
+
 def isa() -> str | None:
     """The instruction set the kernels run on now, None without the extension."""
     return _C.isa() if _C is not None else None

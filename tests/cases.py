@@ -19,6 +19,7 @@ TOLERANCES = {
     ("bsr_linear", torch.float16): {"rtol": 2e-3, "atol": 2e-3},
     ("bsr_linear", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
     ("bsr_linear_wgrad", torch.float32): {"rtol": 2e-6, "atol": 1e-5},
+    ("bsr_linear_wgrad", torch.bfloat16): {"rtol": 1.6e-2, "atol": 5e-2},
 }
 
 
@@ -33,7 +34,9 @@ class BsrLinearCase:
     density: float = 0.3
     activation: str = "none"
     bias: bool = True
+    residual: bool = False
     dtype: torch.dtype = torch.float32
+    int8: bool = False
     empty_rows: bool = False
     seed: int = 0
 
@@ -41,10 +44,13 @@ class BsrLinearCase:
         tokens = "x".join(map(str, self.tokens)) or "vector"
         parts = [tokens, f"{self.rows}x{self.columns}", "b" + "x".join(map(str, self.block)), f"d{self.density:g}"]
         parts += [self.activation] * (self.activation != "none") + ["nobias"] * (not self.bias)
-        parts += ["emptyrows"] * self.empty_rows + [str(self.dtype).removeprefix("torch.")] * (
-            self.dtype != torch.float32
-        )
+        parts += ["residual"] * self.residual + ["emptyrows"] * self.empty_rows + ["int8"] * self.int8
+        parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
         return "-".join(parts)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.int8 if self.int8 else self.dtype
 
     @property
     def tolerance(self) -> dict[str, float]:
@@ -60,7 +66,8 @@ class BsrLinearCase:
         mask = keep.repeat_interleave(n, 0).repeat_interleave(k, 1)
         scale = 1 / math.sqrt(max(self.columns * self.density, 1))
         dense = torch.randn(self.rows, self.columns, generator=generator) * scale
-        return BlockSparse.from_dense((dense * mask).to(self.dtype), self.block, mask)
+        weight = BlockSparse.from_dense((dense * mask).to(self.dtype), self.block, mask)
+        return weight.quantize() if self.int8 else weight
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -70,49 +77,76 @@ class BsrLinearCase:
         generator = torch.Generator().manual_seed(self.seed + 2)
         return torch.randn(self.rows, generator=generator).to(self.dtype) if self.bias else None
 
+    def residual_tensor(self) -> Tensor | None:
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        return torch.randn(*self.tokens, self.rows, generator=generator).to(self.dtype) if self.residual else None
+
     def expected(self) -> Tensor:
         """What the float64 reference gives for the same rounded inputs."""
-        weight, bias = self.weight(), self.bias_vector()
-        bias = bias.double() if bias is not None else None
-        tensors = (weight.crow_indices, weight.col_indices, weight.values.double(), bias, self.activation)
+        weight, bias, residual = self.weight(), self.bias_vector(), self.residual_tensor()
+        values = weight.values if self.int8 else weight.values.double()
+        bias, residual = (t.double() if t is not None else None for t in (bias, residual))
+        tensors = (weight.crow_indices, weight.col_indices, values, bias, self.activation, residual, weight.scales)
         return reference.bsr_linear(self.x().double(), *tensors)
 
 
 BLOCKS = [
-    (4, 1),
-    (8, 1),
-    (16, 1),
-    (32, 1),
-    (1, 1),
-    (2, 2),
-    (3, 5),
-    (12, 4),
-    (24, 2),
-    (1, 8),
-    (8, 8),
-    (16, 16),
-    (32, 32),
+    *((n, k) for n in (1, 2, 4, 8, 16) for k in (1, 2, 4, 8)),
+    *((32, 1), (64, 1), (32, 32), (64, 16), (16, 16), (1, 32), (2, 16)),
+    *((3, 5), (12, 4), (24, 2), (5, 4), (40, 12)),
 ]
 TOKENS = [1, 2, 3, 5, 8, 9, 16, 17, 33, 47, 64, 65, 130]
 
 BSR_LINEAR = [
     *(BsrLinearCase((tokens,), 5 * n, 13 * k, (n, k)) for n, k in BLOCKS for tokens in (1, 7, 33)),
-    *(BsrLinearCase((tokens,), 72, 77, (8, 1)) for tokens in TOKENS),
     *(
-        BsrLinearCase((tokens,), 40, 48, (8, 1), activation=activation)
-        for activation in ("relu", "gelu", "gelu_tanh")
+        BsrLinearCase((tokens,), 5 * n, 13 * k, (n, k), dtype=torch.bfloat16, residual=tokens == 7)
+        for n, k in BLOCKS
+        for tokens in (1, 7, 33)
+    ),
+    *(
+        BsrLinearCase((tokens,), 5 * n, 13 * k, (n, k), int8=True, residual=tokens == 7)
+        for n, k in BLOCKS
+        for tokens in (1, 7, 33)
+        if k % 4 == 0
+    ),
+    *(
+        BsrLinearCase((tokens,), 72, columns, block, dtype=dtype, int8=int8)
+        for tokens in TOKENS
+        for block, columns, dtype, int8 in (
+            ((8, 1), 77, torch.float32, False),
+            ((8, 1), 77, torch.bfloat16, False),
+            ((8, 2), 78, torch.bfloat16, False),
+            ((8, 4), 76, torch.float32, True),
+            ((8, 4), 76, torch.bfloat16, True),
+        )
+    ),
+    *(
+        BsrLinearCase((tokens,), 40, 48, (8, 4), activation=activation, residual=True, dtype=dtype, int8=int8)
+        for activation in ("none", "relu", "gelu", "gelu_tanh")
+        for dtype, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
         for tokens in (1, 40)
     ),
-    *(BsrLinearCase((tokens,), 40, 48, (8, 1), density=d) for d in (0.0, 1.0) for tokens in (1, 40)),
+    *(
+        BsrLinearCase((tokens,), 40, 48, (8, 4), density=d, dtype=dtype, int8=int8)
+        for d in (0.0, 1.0)
+        for dtype, int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
+        for tokens in (1, 40)
+    ),
     *(BsrLinearCase((tokens,), 64, 48, (8, 1), empty_rows=True, bias=False) for tokens in (2, 40)),
+    BsrLinearCase((40,), 64, 48, (8, 1), empty_rows=True, bias=False, dtype=torch.bfloat16),
+    BsrLinearCase((40,), 64, 48, (8, 4), empty_rows=True, bias=False, int8=True),
     BsrLinearCase((2, 3, 5), 32, 24, (4, 1)),
     BsrLinearCase((), 32, 24, (4, 1)),
     BsrLinearCase((0,), 32, 24, (4, 1)),
     BsrLinearCase((3, 0), 32, 24, (8, 1)),
+    BsrLinearCase((0,), 32, 24, (4, 4), int8=True),
     BsrLinearCase((128,), 256, 512, (8, 1), density=0.1),
+    BsrLinearCase((128,), 256, 512, (8, 2), density=0.1, dtype=torch.bfloat16),
+    BsrLinearCase((128,), 256, 512, (8, 4), density=0.1, int8=True),
     *(
         BsrLinearCase((tokens,), 32, 24, (8, 1), dtype=dtype)
-        for dtype in (torch.bfloat16, torch.float16, torch.float64)
+        for dtype in (torch.float16, torch.float64)
         for tokens in (1, 20)
     ),
 ]

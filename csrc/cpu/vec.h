@@ -19,11 +19,16 @@
 
 namespace {
 
-template <int L>
-struct VecOf {
-  typedef float type __attribute__((vector_size(L * sizeof(float))));
-  typedef float loose __attribute__((vector_size(L * sizeof(float)), aligned(4), may_alias));
-  typedef int32_t ints __attribute__((vector_size(L * sizeof(int32_t))));
+// L lanes of T, as a value and as it may lie in memory.
+template <class T, int L>
+struct Lanes {
+  typedef T type __attribute__((vector_size(L * sizeof(T))));
+  typedef T loose __attribute__((vector_size(L * sizeof(T)), aligned(1), may_alias));
+};
+
+// bfloat16 as it lies in memory: the upper half of a float.
+struct bf16 {
+  uint16_t bits;
 };
 
 // Lanes of the widest vector, and how many vector registers there are.
@@ -38,31 +43,94 @@ constexpr int kLanes = 4, kRegisters = 16;
 #endif
 
 template <int L>
-using VecL = typename VecOf<L>::type;
+using VecL = typename Lanes<float, L>::type;
+template <int L>
+using IntsL = typename Lanes<int32_t, L>::type;
+template <int L>
+using WordsL = typename Lanes<uint32_t, L>::type;
 using Vec = VecL<kLanes>;
-using VecI = typename VecOf<kLanes>::ints;
+using VecI = IntsL<kLanes>;
+
+template <class T, int L>
+SNLP_INLINE typename Lanes<T, L>::type load_lanes(const T* p) {
+  return *(const typename Lanes<T, L>::loose*)p;
+}
+
+template <class T, int L>
+SNLP_INLINE void store_lanes(T* p, typename Lanes<T, L>::type v) {
+  *(typename Lanes<T, L>::loose*)p = v;
+}
 
 template <int L = kLanes>
 SNLP_INLINE VecL<L> load(const float* p) {
-  return *(const typename VecOf<L>::loose*)p;
+  return load_lanes<float, L>(p);
 }
 
 template <int L = kLanes>
 SNLP_INLINE void store(float* p, VecL<L> v) {
-  *(typename VecOf<L>::loose*)p = v;
+  store_lanes<float, L>(p, v);
+}
+
+// The 4 bytes at p in every lane.
+template <int L = kLanes>
+SNLP_INLINE VecL<L> splat_word(const void* p) {
+  int32_t word;
+  memcpy(&word, p, 4);
+  return (VecL<L>)(IntsL<L>{} + word);
 }
 
 template <int L = kLanes>
 SNLP_INLINE VecL<L> splat(float value) {
-  return VecL<L>{} + value;
+  return splat_word<L>(&value);
 }
 
-template <int L>
-SNLP_INLINE void store_first(float* p, VecL<L> v, int64_t count) {
+template <int L = kLanes>
+SNLP_INLINE VecL<L> load(const bf16* p) {
+  const auto bits = load_lanes<uint16_t, L>(&p->bits);
+  return (VecL<L>)(__builtin_convertvector(bits, WordsL<L>) << 16);
+}
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+template <int L = kLanes>
+SNLP_INLINE void store(bf16* p, VecL<L> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (L == 16) return _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#endif
+  const WordsL<L> bits = (WordsL<L>)v;
+  const WordsL<L> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const WordsL<L> kept = v == v ? rounded : bits >> 16 | 0x40;
+  typedef typename Lanes<uint16_t, L>::type Halves;
+  store_lanes<uint16_t, L>(&p->bits, __builtin_convertvector(kept, Halves));
+}
+
+template <int L = kLanes>
+SNLP_INLINE VecL<L> splat(bf16 value) {
+  return (VecL<L>)(WordsL<L>{} + ((uint32_t)value.bits << 16));
+}
+
+SNLP_INLINE float to_float(float value) { return value; }
+SNLP_INLINE float to_float(bf16 value) {
+  const uint32_t bits = (uint32_t)value.bits << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+// The first `count` lanes, from and to memory that ends there.
+template <int L = kLanes, class T>
+SNLP_INLINE VecL<L> load_first(const T* p, int64_t count) {
+  if (count >= L) return load<L>(p);
+  T lanes[L] = {};
+  memcpy(lanes, p, count * sizeof(T));
+  return load<L>(lanes);
+}
+
+template <int L = kLanes, class T>
+SNLP_INLINE void store_first(T* p, VecL<L> v, int64_t count) {
   if (count >= L) return store<L>(p, v);
-  float lanes[L];
+  T lanes[L];
   store<L>(lanes, v);
-  memcpy(p, lanes, count * sizeof(float));
+  memcpy(p, lanes, count * sizeof(T));
 }
 
 // Transpose kLanes vectors of kLanes floats in place.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor
 
 INDEX_DTYPE = torch.int32
+INT8_UNIT = 4
+"""int8 blocks have a multiple of this many inputs: what one lane of a dot product takes."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -17,8 +20,9 @@ class BlockSparse:
 
     crow_indices  (N / n + 1,)   int32   block row r owns blocks crow_indices[r] .. crow_indices[r + 1]
     col_indices   (nnzb,)        int32   block column of each block, strictly increasing within a block row
-    values        (nnzb, n, k)           any floating dtype; strides are free, see `packed`
+    values        (nnzb, n, k)           any floating dtype, or int8 in [-127, 127]
     shape         (N, K)
+    scales        (N,)           float32 with int8 values, which times this are the weights; else None
 
     Building one checks nothing; `validate` checks everything, and must have run on any data that
     comes from a file before a kernel sees it.
@@ -28,6 +32,7 @@ class BlockSparse:
     col_indices: Tensor
     values: Tensor
     shape: tuple[int, int]
+    scales: Tensor | None = None
 
     @classmethod
     def from_dense(cls, dense: Tensor, block: tuple[int, int], mask: Tensor | None = None) -> BlockSparse:
@@ -73,7 +78,8 @@ class BlockSparse:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.crow_indices, self.col_indices, self.values))
+        tensors = (self.crow_indices, self.col_indices, self.values, self.scales)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def row_density(self) -> Tensor:
         """Share of stored blocks in each block row, (N / n,) float32."""
@@ -85,30 +91,50 @@ class BlockSparse:
         return block_rows(self.crow_indices, self.nnz_blocks)
 
     def to_dense(self) -> Tensor:
-        """The (N, K) matrix, zeros included."""
-        return to_dense(self.crow_indices, self.col_indices, self.values, self.shape[1])
+        """The (N, K) matrix, zeros included; float32 for int8 values."""
+        dense = to_dense(self.crow_indices, self.col_indices, self.values, self.shape[1])
+        return dense if self.scales is None else dense * self.scales[:, None]
 
-    def transpose(self) -> BlockSparse:
-        """The K x N matrix Wᵀ, in blocks of k x n."""
-        crow, col, values = transpose(self.crow_indices, self.col_indices, self.values, self.shape[1])
-        return BlockSparse(crow, col, values, (self.shape[1], self.shape[0]))
+    def reblock(self, block: tuple[int, int]) -> BlockSparse:
+        """The same matrix in other blocks, which may have to store more zeros; floating dtypes only."""
+        return BlockSparse.from_dense(self.to_dense(), block)
 
-    def packed(self) -> BlockSparse:
-        """The same matrix with each block column-major in memory, which is how kernels read it.
+    def quantize(self) -> BlockSparse:
+        """As int8, symmetric per output row: scale = max |w| / 127, w ~ int8 * scale within scale / 2.
 
-        Only the strides of `values` change (to n*k, 1, n), so packed weights cost no extra memory
-        and still look canonical. Blocks with n == 1 or k == 1 are packed as they are.
+        A row of zeros gets the scale 1. Blocks are merged to a multiple of 4 inputs where k is not one.
+
+        Raises ValueError if K is not a multiple of 4 (of lcm(k, 4)), or a weight is not finite.
         """
-        return BlockSparse(self.crow_indices, self.col_indices, pack_values(self.values), self.shape)
+        n, k = self.block
+        if k % INT8_UNIT:
+            return self.reblock((n, lcm(k, INT8_UNIT))).quantize()
+        values = self.values.detach().float()
+        if not bool(values.isfinite().all()):
+            raise ValueError("BlockSparse: expected finite weights to quantize, got inf or nan")
+        magnitudes = to_dense(self.crow_indices, self.col_indices, values.abs(), self.shape[1])
+        largest = magnitudes.amax(dim=1) if self.shape[1] else magnitudes.sum(dim=1)
+        scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        quantized = values / scales.view(-1, n)[self.row_indices()][:, :, None]
+        return replace(self, values=quantized.round().to(torch.int8), scales=scales)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> BlockSparse:
+        """int8 as floating-point values."""
+        if self.scales is None:
+            return self.to(dtype)
+        per_block = self.scales.view(-1, self.block[0])[self.row_indices()]
+        return replace(self, values=(self.values * per_block[:, :, None]).to(dtype), scales=None)
 
     def to(self, *args: Any, **kwargs: Any) -> BlockSparse:
-        """As Tensor.to for the values; the indices follow the device and stay int32."""
+        """As Tensor.to for the values; indices (int32) and scales (float32) follow the device."""
         values = self.values.to(*args, **kwargs)
-        return BlockSparse(self.crow_indices.to(values.device), self.col_indices.to(values.device), values, self.shape)
+        device = values.device
+        scales = None if self.scales is None else self.scales.to(device)
+        return BlockSparse(self.crow_indices.to(device), self.col_indices.to(device), values, self.shape, scales)
 
     def validate(self) -> BlockSparse:
         """Return self, or raise TypeError (dtypes) or ValueError (shapes, indices) naming the first fault."""
-        validate(self.crow_indices, self.col_indices, self.values, self.shape)
+        validate(self.crow_indices, self.col_indices, self.values, self.shape, self.scales)
         return self
 
 
@@ -140,22 +166,9 @@ def to_dense(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns:
     return dense.permute(0, 2, 1, 3).reshape(block_row_count * n, columns)
 
 
-def transpose(crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(crow_indices, col_indices, values) of Wᵀ for a W with `columns` columns."""
-    nnz_blocks, _, k = values.shape
-    sorted_cols, order = col_indices.sort(stable=True)
-    edges = torch.arange(columns // k + 1, device=col_indices.device, dtype=INDEX_DTYPE)
-    crow = torch.searchsorted(sorted_cols, edges, out_int32=True)
-    rows = block_rows(crow_indices, nnz_blocks)
-    return crow, rows[order].to(INDEX_DTYPE), values[order].transpose(1, 2)
-
-
-def pack_values(values: Tensor) -> Tensor:
-    """(nnzb, n, k) with strides (n*k, 1, n); returns `values` itself where it is already so."""
-    return values.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def validate(crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+def validate(
+    crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int], scales: Tensor | None = None
+) -> None:
     """Raise TypeError or ValueError unless the tensors describe an N x K BSR matrix."""
     for name, index in (("crow_indices", crow_indices), ("col_indices", col_indices)):
         if index.dtype != INDEX_DTYPE:
@@ -164,8 +177,8 @@ def validate(crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: t
             raise ValueError(f"BlockSparse: expected {name} to be 1-D and contiguous, got shape {tuple(index.shape)}")
         if index.device != values.device:
             raise ValueError(f"BlockSparse: expected {name} on {values.device}, got {index.device}")
-    if not values.is_floating_point():
-        raise TypeError(f"BlockSparse: expected floating-point values, got {values.dtype}")
+    if not values.is_floating_point() and values.dtype != torch.int8:
+        raise TypeError(f"BlockSparse: expected floating-point or int8 values, got {values.dtype}")
     if values.dim() != 3 or 0 in values.shape[1:]:
         raise ValueError(f"BlockSparse: expected values of shape (nnzb, n, k), got {tuple(values.shape)}")
     nnz_blocks, n, k = values.shape
@@ -190,3 +203,23 @@ def validate(crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: t
         same_row = block_rows(crow_indices, nnz_blocks).diff() == 0
         if bool((col_indices.diff()[same_row] <= 0).any()):
             raise ValueError("BlockSparse: expected col_indices to increase within each block row")
+    validate_scales(values, rows, scales)
+
+
+def validate_scales(values: Tensor, rows: int, scales: Tensor | None) -> None:
+    """Raise unless int8 values (nnzb, n, k) come with a positive float32 scale for each row, and others with none."""
+    if (values.dtype == torch.int8) != (scales is not None):
+        raise TypeError(f"BlockSparse: expected scales with int8 values and only then, got {values.dtype} values")
+    if scales is None:
+        return
+    if scales.dtype != torch.float32 or scales.shape != (rows,) or scales.device != values.device:
+        raise ValueError(
+            f"BlockSparse: expected float32 scales of shape ({rows},) on {values.device}, "
+            f"got {scales.dtype} {tuple(scales.shape)} on {scales.device}"
+        )
+    if values.shape[2] % INT8_UNIT:
+        raise ValueError(f"BlockSparse: expected int8 blocks with k a multiple of {INT8_UNIT}, got {values.shape[2]}")
+    if not bool((scales.isfinite() & (scales > 0)).all()):
+        raise ValueError("BlockSparse: expected finite scales above 0")
+    if bool((values == -128).any()):
+        raise ValueError("BlockSparse: expected int8 values in [-127, 127], got -128")

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import BlockSparse
-from ..formats.block import INDEX_DTYPE, pack_values, validate
-from ..ops.bsr_linear import ACTIVATIONS, call
+from ..formats.block import INDEX_DTYPE, validate
+from ..ops.bsr_linear import ACTIVATIONS, call, check_input_scale
 
 
 class SparseLinear(nn.Module):
-    """y = act(x Wᵀ + b), (..., in_features) -> (..., out_features), W in BSR blocks of `block`.
+    """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in BSR blocks of `block`.
 
-    The state dict holds BSR's own names: values (nnzb, n, k), crow_indices, col_indices and bias.
-    `values` is kept in the kernels' layout (see BlockSparse.packed) and is the only copy.
+    The state dict holds BSR's own names: values (nnzb, n, k), crow_indices, col_indices and bias, and for a
+    `quantized` layer (int8 values, see `quantize`) scales. Kernels read them as they are.
 
     `nnz_blocks` blocks are allocated with no content; use `from_dense`, `from_weight` or
     `load_state_dict` to fill them.
@@ -24,6 +24,7 @@ class SparseLinear(nn.Module):
 
     crow_indices: Tensor
     col_indices: Tensor
+    scales: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -34,20 +35,24 @@ class SparseLinear(nn.Module):
         nnz_blocks: int,
         bias: bool = True,
         activation: str = "none",
+        quantized: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        n, k = block
+        n, _ = block
         if activation not in ACTIVATIONS:
             raise ValueError(f"SparseLinear: expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.in_features = in_features
         self.out_features = out_features
-        self.block = (n, k)
+        self.block = tuple(block)
         self.activation = activation
+        self.input_scale: float | None = None
         self.register_buffer("crow_indices", torch.zeros(out_features // n + 1, dtype=INDEX_DTYPE, device=device))
         self.register_buffer("col_indices", torch.zeros(nnz_blocks, dtype=INDEX_DTYPE, device=device))
-        self.values = nn.Parameter(torch.empty(nnz_blocks, k, n, device=device, dtype=dtype).transpose(1, 2))
+        values = torch.empty(nnz_blocks, *block, device=device, dtype=torch.int8 if quantized else dtype)
+        self.values = nn.Parameter(values, requires_grad=not quantized)
+        self.register_buffer("scales", torch.ones(out_features, device=device) if quantized else None)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -58,15 +63,17 @@ class SparseLinear(nn.Module):
         """Wrap a BSR weight (validated here) and an optional bias of shape (N,)."""
         weight.validate()
         rows, cols = weight.shape
-        if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.values.dtype):
+        quantized = weight.scales is not None
+        if bias is not None and (bias.shape != (rows,) or (bias.dtype != weight.values.dtype and not quantized)):
             raise ValueError(
                 f"SparseLinear: expected bias of shape ({rows},) and dtype {weight.values.dtype}, "
                 f"got {tuple(bias.shape)} and {bias.dtype}"
             )
-        layer = cls(cols, rows, weight.block, 0, bias is not None, activation, device="meta")
+        layer = cls(cols, rows, weight.block, 0, bias is not None, activation, quantized, device="meta")
         layer.crow_indices = weight.crow_indices
         layer.col_indices = weight.col_indices
-        layer.values = nn.Parameter(pack_values(weight.values.detach()))
+        layer.scales = weight.scales
+        layer.values = nn.Parameter(weight.values.detach().contiguous(), requires_grad=not quantized)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach())
         return layer
@@ -91,7 +98,20 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> BlockSparse:
         """The weight as a format; it shares the layer's tensors."""
-        return BlockSparse(self.crow_indices, self.col_indices, self.values, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return BlockSparse(self.crow_indices, self.col_indices, self.values, shape, self.scales)
+
+    def quantize(self, input_scale: float | None = None) -> SparseLinear:
+        """This layer with int8 weights (BlockSparse.quantize), for inference; the bias is shared.
+
+        input_scale  rounds x to int8, as a constant; None finds a scale for each token as it comes
+        """
+        layer = SparseLinear.from_weight(self.weight.quantize(), self.bias, self.activation)
+        if input_scale is not None:
+            check_input_scale(input_scale, layer.scales)
+        layer.input_scale = input_scale
+        layer.bias = self.bias
+        return layer.train(self.training)
 
     def to_dense(self) -> nn.Linear:
         """An nn.Linear with the same function (activation apart)."""
@@ -101,7 +121,7 @@ class SparseLinear(nn.Module):
             dense.bias = nn.Parameter(self.bias.detach().clone())
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         # nn.Module.__getattr__ costs as much as a small kernel, so the tensors are taken from their dicts.
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
@@ -113,11 +133,16 @@ class SparseLinear(nn.Module):
             self.in_features,
             parameters["bias"],
             self.activation,
+            residual,
+            buffers["scales"],
+            self.input_scale,
         )
 
     def extra_repr(self) -> str:
         n, k = self.block
         text = f"{self.in_features}, {self.out_features}, block={n}x{k}, sparsity={self.weight.sparsity:.3f}"
+        if self.scales is not None:
+            text += ", int8" + (f", input_scale={self.input_scale:g}" if self.input_scale else "")
         if self.bias is None:
             text += ", bias=False"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
@@ -125,10 +150,11 @@ class SparseLinear(nn.Module):
 
 def _check_incoming(module: SparseLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a state dict whose indices do not describe this layer, before anything is copied."""
-    crow, col, values = (state_dict.get(prefix + name) for name in ("crow_indices", "col_indices", "values"))
+    names = ("crow_indices", "col_indices", "values", "scales")
+    crow, col, values, scales = (state_dict.get(prefix + name) for name in names)
     if crow is None or col is None or values is None or values.is_meta:
         return
     try:
-        validate(crow, col, values, (module.out_features, module.in_features))
+        validate(crow, col, values, (module.out_features, module.in_features), scales)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}") from None

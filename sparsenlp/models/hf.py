@@ -29,7 +29,7 @@ from ..checkpoint import (
     to_disk,
 )
 from ..convert import replace_modules
-from ..formats.block import INDEX_DTYPE, pack_values
+from ..formats.block import INDEX_DTYPE
 from ..layers import SparseLinear
 
 
@@ -88,7 +88,6 @@ class SparseNlpQuantizer(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, SparseLinear):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
-                layer.values = nn.Parameter(pack_values(layer.values.detach()))
         model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from .. import native
 from ..formats import BlockSparse
-from ..formats.block import pack_values, transpose
 from ..reference import bsr_linear as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("native", "reference")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def bsr_linear(
@@ -21,35 +22,65 @@ def bsr_linear(
     weight: BlockSparse,
     bias: Tensor | None = None,
     activation: str = "none",
+    residual: Tensor | None = None,
+    input_scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """y = act(x Wᵀ + b) for a block-sparse W.
+    """y = act(x Wᵀ + b + residual) for a block-sparse W.
 
-    x           (..., K)     any floating dtype
-    weight      N x K        blocks of n x k, same dtype as x
-    bias        (N,)         same dtype as x
-    activation  "none", "relu", "gelu" (exact, by erf) or "gelu_tanh"
-    backend     None chooses: "native" for float32 on a CPU where the extension is built, else
-                "reference". A named backend runs or raises RuntimeError.
-    returns     (..., N)     dtype of x
+    x            (..., K)    any floating dtype
+    weight       N x K       blocks of n x k, of the dtype of x, or int8 (see BlockSparse.quantize)
+    bias         (N,)        dtype of x
+    activation   "none", "relu", "gelu" (exact, by erf) or "gelu_tanh"
+    residual     (..., N)    dtype of x
+    input_scale  int8 only: the scale that rounds x to int8; None finds one for each token, max |x| / 127
+    backend      None chooses: "native" for float32 and bfloat16 x on a CPU where the extension is built,
+                 else "reference". A named backend runs or raises RuntimeError.
+    returns      (..., N)    dtype of x; sums are kept in float32, for int8 in int32
+
+    With int8 weights an output differs from the float result by at most, with s_x and s_w the scales of
+    its token and row, s_x / 2 * sum |w| + s_w / 2 * sum |x| + K s_x s_w / 4, the sums over the stored inputs
+    of the row, as long as no |x| exceeds 127 input_scale.
 
     Under autocast x is cast to the weight's dtype, and the result has that dtype.
     Indices are trusted here: they were checked when the weight was built or loaded.
-    Differentiable in x, the values and the bias; values get gradients at stored blocks only.
+    Differentiable in x, the values, the bias and the residual; values get gradients at stored blocks only.
+    int8 weights are for inference.
 
-    Raises TypeError if dtypes differ, ValueError if shapes or devices disagree or the activation is unknown.
+    Raises TypeError if dtypes differ, ValueError if shapes or devices disagree, the activation is unknown,
+    or input_scale is not positive and finite, RuntimeError if gradients through int8 are asked for.
     Source: BCSR; kernels after Elsen et al. 2020, arXiv:1911.09723.
     """
-    rows = weight.shape[0]
-    if bias is not None:
-        if bias.dtype != weight.values.dtype:
-            raise TypeError(f"bsr_linear: expected bias of dtype {weight.values.dtype}, got {bias.dtype}")
-        if bias.shape != (rows,):
-            raise ValueError(f"bsr_linear: expected bias of shape ({rows},), got {tuple(bias.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"bsr_linear: expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_arguments(x, weight, bias, activation, input_scale)
     tensors = (weight.crow_indices, weight.col_indices, weight.values)
-    return call(x, *tensors, weight.shape[1], bias, activation, backend)
+    return call(x, *tensors, weight.shape[1], bias, activation, residual, weight.scales, input_scale, backend)
+
+
+def bsr_linear_add_(
+    y: Tensor,
+    x: Tensor,
+    weight: BlockSparse,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    input_scale: float | None = None,
+) -> Tensor:
+    """y = act(y + x Wᵀ + b) in place, for a weight that is split in several; returns y.
+
+    y is (..., N) and contiguous; the other arguments and errors are those of `bsr_linear`. Not differentiable.
+    """
+    _check_arguments(x, weight, bias, activation, input_scale)
+    _check_x(x, weight.values, weight.shape[1])
+    shape = (*x.shape[:-1], weight.shape[0])
+    if y.shape != shape or y.dtype != x.dtype or not y.is_contiguous():
+        raise ValueError(
+            f"bsr_linear_add_: expected a contiguous y of shape {tuple(shape)} and dtype {x.dtype}, "
+            f"got {tuple(y.shape)} and {y.dtype}"
+        )
+    tensors = (weight.crow_indices, weight.col_indices, weight.values)
+    if _choose(x, weight.values, None) == "reference":
+        return y.copy_(reference.bsr_linear(x, *tensors, bias, activation, y, weight.scales, input_scale or 0.0))
+    _add_op(y, x, *tensors, bias, activation, weight.scales, input_scale or 0.0)
+    return y
 
 
 def call(
@@ -60,94 +91,179 @@ def call(
     columns: int,
     bias: Tensor | None,
     activation: str,
+    residual: Tensor | None = None,
+    scales: Tensor | None = None,
+    input_scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """bsr_linear on bare tensors, for layers: it checks x, and trusts what the layer checked when it was made."""
-    if x.dtype != values.dtype:
+    if x.dtype != values.dtype and scales is None:
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"bsr_linear: expected x of dtype {values.dtype}, got {x.dtype}")
         x = x.to(values.dtype)
+        residual = residual.to(values.dtype) if residual is not None else None
+    _check_x(x, values, columns)
+    if residual is not None:
+        _check_residual(residual, x, (crow_indices.shape[0] - 1) * values.shape[1])
+    scale = input_scale or 0.0
+    if _choose(x, values, backend) == "reference":
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if scales is not None and (x.requires_grad or (residual is not None and residual.requires_grad)):
+            raise RuntimeError("bsr_linear: expected no gradients with int8 weights, got an x that requires them")
+        return _op(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
+    with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
+        return _op(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
+
+
+def _check_arguments(
+    x: Tensor, weight: BlockSparse, bias: Tensor | None, activation: str, input_scale: float | None
+) -> None:
+    dtype = weight.values.dtype if weight.scales is None else x.dtype
+    if bias is not None:
+        if bias.dtype != dtype:
+            raise TypeError(f"bsr_linear: expected bias of dtype {dtype}, got {bias.dtype}")
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"bsr_linear: expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"bsr_linear: expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if input_scale is not None:
+        check_input_scale(input_scale, weight.scales)
+
+
+def check_input_scale(input_scale: float, scales: Tensor | None) -> None:
+    """Raise ValueError unless it is a scale that int8 weights can use."""
+    if scales is None or not 0 < input_scale < math.inf:
+        raise ValueError(f"bsr_linear: expected a positive, finite input_scale, with int8 weights, got {input_scale}")
+
+
+def _check_x(x: Tensor, values: Tensor, columns: int) -> None:
     if not x.dim() or x.shape[-1] != columns:
         raise ValueError(f"bsr_linear: expected K = {columns} columns in x, got shape {tuple(x.shape)}")
     if x.device != values.device:
         raise ValueError(f"bsr_linear: expected x on {values.device}, got {x.device}")
-    if _choose(x, backend) == "reference":
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _op(x, crow_indices, col_indices, values, bias, activation)
-    with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
-        return _op(x, crow_indices, col_indices, values, bias, activation)
 
 
-def _choose(x: Tensor, backend: str | None) -> str:
+def _check_residual(residual: Tensor, x: Tensor, rows: int) -> None:
+    shape = (*x.shape[:-1], rows)
+    if residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"bsr_linear: expected residual of shape {tuple(shape)} and dtype {x.dtype} on {x.device}, "
+            f"got {tuple(residual.shape)} and {residual.dtype} on {residual.device}"
+        )
+
+
+def _choose(x: Tensor, values: Tensor, backend: str | None) -> str:
     """The backend that will run, or RuntimeError if the one asked for cannot."""
+    runs = x.dtype in NATIVE_DTYPES and x.is_cpu
     if backend is None:
-        return "native" if native.available and x.dtype == torch.float32 and x.is_cpu else "reference"
+        return "native" if native.available and runs else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"bsr_linear: expected a backend among {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "native":
         if not native.available:
             raise RuntimeError(f"bsr_linear: backend 'native' cannot run: {native.why_unavailable}")
-        if not x.is_cpu or x.dtype != torch.float32:
+        if not runs:
             raise RuntimeError(
-                f"bsr_linear: backend 'native' cannot run: expected float32 on cpu, got {x.dtype} on {x.device}"
+                f"bsr_linear: backend 'native' cannot run: expected float32 or bfloat16 on cpu, "
+                f"got {x.dtype} on {x.device}"
             )
     return backend
 
 
-# The torch.library op. It exists without the extension too (then it runs the reference), so that
+# The torch.library ops. They exist without the extension too (then they run the reference), so that
 # exported programs load everywhere.
-torch.library.define(
-    "sparsenlp::bsr_linear",
-    "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias, str activation) -> Tensor",
-)
-torch.library.define(
-    "sparsenlp::bsr_linear_wgrad",
-    "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] block) -> Tensor",
-)
+_WEIGHT = "Tensor crow_indices, Tensor col_indices, Tensor values"
+_SCHEMAS = {
+    "bsr_linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, str activation, Tensor? residual=None, "
+    "Tensor? scales=None, float input_scale=0.0) -> Tensor",
+    "bsr_linear_add_": f"(Tensor(a!) y, Tensor x, {_WEIGHT}, Tensor? bias, str activation, "
+    "Tensor? scales=None, float input_scale=0.0) -> ()",
+    "bsr_linear_dgrad": f"(Tensor grad, {_WEIGHT}, int columns) -> Tensor",
+    "bsr_linear_wgrad": "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] block) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"sparsenlp::{_name}", _schema)
 _op = torch.ops.sparsenlp.bsr_linear.default
+_add_op = torch.ops.sparsenlp.bsr_linear_add_.default
+_dgrad_op = torch.ops.sparsenlp.bsr_linear_dgrad.default
 _wgrad_op = torch.ops.sparsenlp.bsr_linear_wgrad.default
+
+
+def _reference_add_(
+    y: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    scales: Tensor | None = None,
+    input_scale: float = 0.0,
+) -> None:
+    y.copy_(reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation, y, scales, input_scale))
+
+
 if not native.available:
     torch.library.impl("sparsenlp::bsr_linear", "cpu", reference.bsr_linear)
+    torch.library.impl("sparsenlp::bsr_linear_add_", "cpu", _reference_add_)
+    torch.library.impl("sparsenlp::bsr_linear_dgrad", "cpu", reference.bsr_linear_dgrad)
     torch.library.impl("sparsenlp::bsr_linear_wgrad", "cpu", reference.bsr_linear_wgrad)
 
 
 @torch.library.register_fake("sparsenlp::bsr_linear")
 def _fake(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, activation: str
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    scales: Tensor | None = None,
+    input_scale: float = 0.0,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], (crow_indices.shape[0] - 1) * values.shape[1])
 
 
+@torch.library.register_fake("sparsenlp::bsr_linear_add_")
+def _fake_add_(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("sparsenlp::bsr_linear_dgrad")
+def _fake_dgrad(grad: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
 @torch.library.register_fake("sparsenlp::bsr_linear_wgrad")
 def _fake_wgrad(grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block: list[int]) -> Tensor:
-    n, k = block
-    return x.new_empty(col_indices.shape[0], k, n).transpose(1, 2)
+    return x.new_empty(col_indices.shape[0], *block, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.activation, residual, ctx.scales, _ = inputs
+    ctx.save_for_backward(*tensors, residual)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    x, crow, col, values, bias = ctx.saved_tensors
+    x, crow, col, values, bias, residual = ctx.saved_tensors
+    if ctx.scales is not None:
+        raise RuntimeError("bsr_linear: expected no gradients with int8 weights")
     if ctx.activation != "none":
-        before = _op(x, crow, col, values, bias, "none")
+        before = _op(x, crow, col, values, bias, "none", residual)
         grad = _ACTIVATION_BACKWARD[ctx.activation](grad, before)
     grad_x = grad_values = grad_bias = None
     grad_rows = grad.reshape(-1, grad.shape[-1]).contiguous()
     if ctx.needs_input_grad[0]:
-        crow_t, col_t, values_t = transpose(crow, col, values, x.shape[-1])
-        grad_x = _op(grad_rows, crow_t, col_t, pack_values(values_t), None, "none").reshape(x.shape)
+        grad_x = _dgrad_op(grad_rows, crow, col, values, x.shape[-1]).reshape(x.shape)
     if ctx.needs_input_grad[3]:
         x_rows = x.reshape(-1, x.shape[-1]).contiguous()
-        block = list(values.shape[1:])
-        grad_values = _wgrad_op(grad_rows, x_rows, crow, col, block)
+        grad_values = _wgrad_op(grad_rows, x_rows, crow, col, list(values.shape[1:])).to(values.dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = grad_rows.sum(0)
-    return grad_x, None, None, grad_values, grad_bias, None
+    return grad_x, None, None, grad_values, grad_bias, None, grad if residual is not None else None, None, None
 
 
 _ACTIVATION_BACKWARD = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.block import block_rows, pack_values, split_blocks, to_dense
+from ..formats.block import block_rows, split_blocks, to_dense
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -19,16 +20,50 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def bsr_linear(
-    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, activation: str
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    scales: Tensor | None = None,
+    input_scale: float = 0.0,
 ) -> Tensor:
-    """act(x Wᵀ + b), (..., K) -> (..., N)."""
-    weight = to_dense(crow_indices, col_indices, values, x.shape[-1])
-    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+    """act(x Wᵀ + b + residual), (..., K) -> (..., N)."""
+    if scales is None:
+        y = F.linear(x, to_dense(crow_indices, col_indices, values, x.shape[-1]), bias)
+    else:
+        weight = to_dense(crow_indices, col_indices, values.double(), x.shape[-1])
+        rounded, x_scale = quantize_tokens(x, input_scale)
+        y = F.linear(rounded.double(), weight) * (x_scale.double() * scales)
+        y = y.to(x.dtype) if bias is None else (y + bias).to(x.dtype)
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
+
+
+def quantize_tokens(x: Tensor, input_scale: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x (..., K) as whole numbers in [-127, 127] and the scale (..., 1) that gives x back within scale / 2, in float32.
+
+    input_scale   the scale of every token; 0 takes max |x| / 127 for each, and 1 for a token of zeros
+    """
+    x = x.float()
+    if input_scale:
+        scale = torch.full_like(x[..., :1], input_scale)
+    else:
+        largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.sum(dim=-1, keepdim=True)
+        scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
+    return (x * scale.reciprocal()).clamp(-127, 127).round(), scale
+
+
+def bsr_linear_dgrad(grad: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """grad W: grad (M, N) -> (M, columns)."""
+    return grad @ to_dense(crow_indices, col_indices, values, columns)
 
 
 def bsr_linear_wgrad(
     grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block: tuple[int, int]
 ) -> Tensor:
-    """Blocks of gradᵀ x that the pattern stores, packed: grad (M, N), x (M, K) -> (nnzb, n, k)."""
+    """Blocks of gradᵀ x that the pattern stores, in float32: grad (M, N), x (M, K) -> (nnzb, n, k)."""
     dense = split_blocks(grad.t() @ x, block)
-    return pack_values(dense[block_rows(crow_indices, col_indices.numel()), col_indices.long()])
+    blocks = dense[block_rows(crow_indices, col_indices.numel()), col_indices.long()]
+    return blocks.to(torch.promote_types(blocks.dtype, torch.float32))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,8 +27,7 @@ def test_round_trip(matrix):
     dense, block = matrix
     weight = BlockSparse.from_dense(dense, block).validate()
     assert torch.equal(weight.to_dense(), dense)
-    assert torch.equal(weight.transpose().validate().to_dense(), dense.t())
-    assert torch.equal(weight.packed().validate().to_dense(), dense)
+    assert torch.equal(weight.reblock((1, 1)).validate().to_dense(), dense)
     stored = weight.values.numel()
     assert weight.density == (stored / dense.numel() if dense.numel() else 0.0)
     assert torch.allclose(weight.row_density() * (dense.shape[1] // block[1]), weight.crow_indices.diff().float())
@@ -53,19 +54,65 @@ def test_mask_keeps_blocks_that_hold_only_zeros():
     assert weight.sparsity == 0.75
 
 
-def test_packed_blocks_are_column_major_without_a_second_copy():
-    weight = BlockSparse.from_dense(torch.randn(8, 8), (4, 2))
-    packed = weight.packed()
-    assert packed.values.stride() == (8, 1, 4)
-    assert packed.packed().values.data_ptr() == packed.values.data_ptr()
-    column = BlockSparse.from_dense(torch.randn(8, 8), (4, 1))
-    assert column.packed().values.data_ptr() == column.values.data_ptr()
+@settings(deadline=None)
+@given(matrices())
+def test_quantized_weights_are_within_half_a_scale(matrix):
+    dense, block = matrix
+    dense = dense.repeat(1, 4).sin()  # K becomes a multiple of 4 k
+    weight = BlockSparse.from_dense(dense, block)
+    quantized = weight.quantize().validate()
+    assert quantized.values.dtype == torch.int8
+    assert quantized.block[1] % 4 == 0
+    error = (quantized.to_dense() - dense).abs()
+    assert bool((error <= quantized.scales[:, None] * 0.5001).all())
+    assert torch.equal(quantized.dequantize().to_dense(), quantized.to_dense())
 
 
-def test_packed_memory_is_values_and_indices():
-    weight = BlockSparse.from_dense(torch.randn(64, 64), (8, 1)).packed()
+def test_a_row_of_zeros_quantizes_to_zeros():
+    dense = torch.ones(8, 8)
+    dense[3] = 0
+    weight = BlockSparse.from_dense(dense, (8, 4)).quantize().validate()
+    assert weight.scales[3] == 1
+    assert torch.equal(weight.to_dense()[3], torch.zeros(8))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (BlockSparse.from_dense(torch.ones(8, 6), (8, 1)), "divisible by blocks of 8x4, got 8x6"),
+        (BlockSparse.from_dense(torch.full((8, 4), torch.inf), (8, 4)), "expected finite weights to quantize"),
+        (BlockSparse.from_dense(torch.full((8, 4), torch.nan), (8, 4)), "expected finite weights to quantize"),
+    ],
+)
+def test_quantize_errors(weight, message):
+    with pytest.raises(ValueError, match=message):
+        weight.quantize()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scales": None}, TypeError, "expected scales with int8 values and only then"),
+        ({"scales": torch.ones(7)}, ValueError, r"expected float32 scales of shape \(8,\)"),
+        ({"scales": torch.ones(8, dtype=torch.float64)}, ValueError, "expected float32 scales"),
+        ({"scales": torch.tensor([1.0] * 7 + [torch.inf])}, ValueError, "expected finite scales above 0"),
+        ({"scales": torch.tensor([1.0] * 7 + [torch.nan])}, ValueError, "expected finite scales above 0"),
+        ({"scales": torch.zeros(8)}, ValueError, "expected finite scales above 0"),
+        ({"values": torch.full((1, 8, 4), -128, dtype=torch.int8)}, ValueError, r"in \[-127, 127\], got -128"),
+        ({"values": torch.ones(1, 8, 4)}, TypeError, "expected scales with int8 values and only then"),
+        ({"values": torch.ones(1, 8, 2, dtype=torch.int8), "shape": (8, 2)}, ValueError, "k a multiple of 4, got 2"),
+    ],
+)
+def test_validate_names_the_fault_of_int8(change, error, message):
+    weight = BlockSparse.from_dense(torch.ones(8, 4), (8, 4)).quantize()
+    with pytest.raises(error, match=message):
+        replace(weight, **change).validate()
+
+
+def test_memory_is_values_and_indices():
+    weight = BlockSparse.from_dense(torch.randn(64, 64), (8, 1))
     assert weight.nbytes == 4 * (64 * 64 + 8 * 64 + 9)
-    assert weight.values.untyped_storage().nbytes() == 4 * 64 * 64
+    assert weight.reblock((8, 4)).quantize().nbytes == 64 * 64 + 4 * (8 * 16 + 9 + 64)
 
 
 def good() -> BlockSparse:
@@ -92,7 +139,7 @@ def index(*values: int) -> torch.Tensor:
         ({"col_indices": index(2, 0, 1, 2)}, ValueError, "increase within each block row"),
         ({"col_indices": index(0, 2, 1, 1)}, ValueError, "increase within each block row"),
         ({"col_indices": torch.zeros(8, dtype=torch.int32)[::2]}, ValueError, "1-D and contiguous"),
-        ({"values": torch.ones(4, 2, 1, dtype=torch.int32)}, TypeError, "expected floating-point values"),
+        ({"values": torch.ones(4, 2, 1, dtype=torch.int32)}, TypeError, "expected floating-point or int8 values"),
         ({"values": torch.ones(4, 2)}, ValueError, r"expected values of shape \(nnzb, n, k\)"),
         ({"values": torch.ones(4, 4, 1)}, ValueError, "divisible by blocks of 4x1, got 6x3"),
         ({"values": torch.ones(4, 2, 1, device="meta")}, ValueError, "expected crow_indices on meta"),

@@ -57,16 +57,16 @@ LAYOUT_CASES = [BsrLinearCase((9,), 24, 32, (8, 2)), BsrLinearCase((9,), 48, 64,
 EXTREMES = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 5.6, -5.6, 20.0, -20.0, 1e4, -1e4, torch.inf, -torch.inf, torch.nan])
 
 
-def inputs(case: BsrLinearCase, packed: bool = True) -> tuple:
+def inputs(case: BsrLinearCase) -> tuple:
     """Arguments of bsr_linear for `case`."""
-    weight = case.weight().packed() if packed else case.weight()
+    weight = case.weight()
     tensors = (weight.crow_indices, weight.col_indices, weight.values)
     return case.x(), *tensors, case.bias_vector(), case.activation
 
 
 def other_layouts(case: BsrLinearCase) -> dict[str, tuple]:
     """The same arguments with other strides, by name."""
-    x, crow, col, values, bias, activation = inputs(case, packed=False)
+    x, crow, col, values, bias, activation = inputs(case)
     interleaved = torch.stack([values, torch.full_like(values, torch.nan)], dim=3)[..., 0]
     return {
         "canonical values": (x, crow, col, values, bias, activation),

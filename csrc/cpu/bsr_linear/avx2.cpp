@@ -1,7 +1,7 @@
 #include "kernels.h"
 
-void bsr_linear_avx2(const BsrLinear& a, int part, int parts, float* scratch) { bsr_linear(a, part, parts, scratch); }
-
-void bsr_linear_wgrad_avx2(const BsrLinearWgrad& a, int part, int parts, float* scratch) {
-  bsr_linear_wgrad(a, part, parts, scratch);
-}
+SNLP_FORWARD(f32_avx2, forward<F32>)
+SNLP_FORWARD(bf16_avx2, forward<Bf16Wide>)
+SNLP_FORWARD(i8_avx2, forward_i8<I8Madd>)
+SNLP_GRAD(f32_avx2, float)
+SNLP_GRAD(bf16_avx2, bf16)

@@ -1,39 +1,45 @@
-// y = act(x Wᵀ + b) for a block-sparse W (BSR), float32, and the gradient of its blocks.
+// y = act(x Wᵀ + b + residual) for a block-sparse W (BSR), and its gradients.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
 struct BsrLinear {
-  const float* x;       // M x K
-  const int32_t* crow;  // N / n + 1
-  const int32_t* col;   // block column of each block
-  const float* values;  // blocks of n x k, column-major
-  const float* bias;    // N, or null
-  float* y;             // M x N
+  const void* x;         // M x K
+  const int32_t* crow;   // N / n + 1
+  const int32_t* col;    // block column of each block
+  const void* values;    // blocks of n x k, row-major
+  const float* scales;   // N: int8 weights times this are the weights; else null
+  float input_scale;     // int8: x / this is rounded to int8; 0 finds the best scale for each token
+  const void* bias;      // N, or null
+  const void* residual;  // M x N, or null; may be y itself
+  void* y;               // M x N
   int64_t M, N, K;
   int n, k;
   int activation;  // enum Activation
+  bool half;       // int8: x, bias, residual and y are bfloat16, not float
 
   bool decode() const { return M <= 8; }
-  // Floats of scratch that one part needs: one tile of x, feature-major, at most 64 tokens wide.
-  size_t scratch() const { return decode() ? 0 : (size_t)K * 64 + 1024; }
+  // 4-byte words of scratch that one part needs: a tile of x, and for int8 the sums of the rows.
+  size_t scratch() const { return (size_t)(K + 64) * 64 + N + 4096; }
 };
 
-// dvalues[p] = sum over tokens of grad[:, block row of p]ᵀ x[:, block column of p]
-struct BsrLinearWgrad {
-  const float* grad;  // M x N
-  const float* x;     // M x K
+// dx = grad W, and dvalues[p] = sum over tokens of grad[:, block row of p]ᵀ x[:, block column of p].
+struct BsrLinearGrad {
+  const void* grad;    // M x N
+  const void* x;       // M x K, for dvalues
+  const void* values;  // blocks of n x k, row-major, for dx
   const int32_t* crow;
   const int32_t* col;
-  float* dvalues;  // blocks of n x k, column-major
+  void* dx;        // M x K
+  float* dvalues;  // blocks of n x k, row-major
   int64_t M, N, K;
   int n, k;
 
-  size_t scratch() const { return (size_t)K * 64 + 1024; }
+  size_t scratch() const { return (size_t)(K + 64) * 64 + (size_t)(n + 64) * 64 + 4096; }
 };
 
-// Each kernel computes share `part` of `parts`; the shares are disjoint in y and hold about equal work.
-// `scratch` is private to the call and 64-byte aligned.
+// Each kernel computes share `part` of `parts`; the shares are disjoint in what they write and hold about
+// equal work. `scratch` is private to the call and 64-byte aligned.
 typedef void BsrLinearKernel(const BsrLinear&, int part, int parts, float* scratch);
-typedef void BsrLinearWgradKernel(const BsrLinearWgrad&, int part, int parts, float* scratch);
+typedef void BsrLinearGradKernel(const BsrLinearGrad&, int part, int parts, float* scratch);

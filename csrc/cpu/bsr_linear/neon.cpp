@@ -1,7 +1,7 @@
 #include "kernels.h"
 
-void bsr_linear_neon(const BsrLinear& a, int part, int parts, float* scratch) { bsr_linear(a, part, parts, scratch); }
-
-void bsr_linear_wgrad_neon(const BsrLinearWgrad& a, int part, int parts, float* scratch) {
-  bsr_linear_wgrad(a, part, parts, scratch);
-}
+SNLP_FORWARD(f32_neon, forward<F32>)
+SNLP_FORWARD(bf16_neon, forward<Bf16Wide>)
+SNLP_FORWARD(i8_neon, forward_i8<I8Wide>)
+SNLP_GRAD(f32_neon, float)
+SNLP_GRAD(bf16_neon, bf16)
