@@ -108,6 +108,8 @@ SNLP_INLINE VecL<L> splat(bf16 value) {
   return (VecL<L>)(WordsL<L>{} + ((uint32_t)value.bits << 16));
 }
 
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 SNLP_INLINE float to_float(float value) { return value; }
 SNLP_INLINE float to_float(bf16 value) {
   const uint32_t bits = (uint32_t)value.bits << 16;

@@ -7,7 +7,7 @@
 // dvalues: lanes run over the inputs of a block where there are enough, else over its outputs.
 #pragma once
 
-#include "tile.h"
+#include "many_tokens.h"
 
 namespace {
 

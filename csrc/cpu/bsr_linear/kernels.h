@@ -2,10 +2,10 @@
 // avx512.cpp and its siblings.
 #pragma once
 
-#include "decode.h"
+#include "few_tokens.h"
 #include "grad.h"
 #include "pairs.h"
-#include "tile.h"
+#include "many_tokens.h"
 
 namespace {
 

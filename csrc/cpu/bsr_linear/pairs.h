@@ -3,7 +3,7 @@
 // are interleaved when they are used, and so are the weights of the two blocks.
 #pragma once
 
-#include "tile.h"
+#include "many_tokens.h"
 
 #if defined(__AVX512BF16__)
 

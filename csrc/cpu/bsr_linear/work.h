@@ -1,13 +1,12 @@
 // How the work of a bsr_linear is measured and cut into parts of equal size.
 #pragma once
 
+#include "../vec.h"
 #include "bsr_linear.h"
 
 namespace {
 
 constexpr int kEpilogueCost = 8;  // of a row, in units of one stored weight
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Work in rows [0, row): stored weights plus the epilogue.
 static inline int64_t cost_before(const BsrLinear& a, int64_t row) {

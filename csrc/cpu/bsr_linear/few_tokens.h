@@ -8,7 +8,7 @@
 // and the lanes that belong to one row are added up at the end of the block row.
 #pragma once
 
-#include "tile.h"
+#include "many_tokens.h"
 
 namespace {
 

@@ -10,8 +10,7 @@
 //   I8Dot     4 int8                                     VPDPBUSD (x shifted by 128 to unsigned), SDOT
 #pragma once
 
-#include "../vec_math.h"
-#include "bsr_linear.h"
+#include "vec_math.h"
 
 namespace {
 
