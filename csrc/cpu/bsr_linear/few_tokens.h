@@ -176,6 +176,7 @@ void few_tokens(const BsrLinear& a, int part, int parts, float* scratch) {
   const DecodeShape shape = decode_shape<D, L>(a);
   if (shape.words == 1) return few_tokens<D, L, true, 1>(a, part, parts, scratch);
   if (shape.vectors % 4 == 0) return few_tokens<D, L, false, 4>(a, part, parts, scratch);
+  if (shape.vectors % 2 == 0) return few_tokens<D, L, false, 2>(a, part, parts, scratch);
   few_tokens<D, L, false, 1>(a, part, parts, scratch);
 }
 
