@@ -48,25 +48,38 @@ SNLP_INLINE void tile_rows(
     const float* tile, const int32_t* col, int64_t count, const typename D::Weight* values, int64_t n_any, int64_t k_any,
     const int32_t* row_sums, float* out) {
   constexpr int T = R * kLanes;
+  constexpr int U = BN * R >= 4 ? 1 : 4 / (BN * R);  // independent sums of few rows, to cover the latency
   const int64_t k = K1 ? D::kUnit : k_any, block = (N1 ? N1 : n_any) * k, words = k / D::kUnit;
-  typename D::template Sum<kLanes> sum[BN][R] = {};
+  typename D::template Sum<kLanes> sum[U][BN][R] = {};
   if constexpr (D::kShift != 0)
     for (int j = 0; j < BN; j++)
-      for (int r = 0; r < R; r++) sum[j][r] -= row_sums[j];
-  for (int64_t p = 0; p < count; p++, values += block) {
+      for (int r = 0; r < R; r++) sum[0][j][r] -= row_sums[j];
+  auto add = [&](int u, const float* x, const typename D::Weight* w) __attribute__((always_inline)) {
+    Vec xv[R];
+    SNLP_UNROLL for (int r = 0; r < R; r++) xv[r] = load(x + r * kLanes);
+    SNLP_UNROLL for (int j = 0; j < BN; j++) {
+      const Vec weight = D::template splat_weight<kLanes>(w + j * k);
+      SNLP_UNROLL for (int r = 0; r < R; r++) sum[u][j][r] = D::template dot<kLanes>(sum[u][j][r], xv[r], weight);
+    }
+  };
+  int64_t p = 0;
+  if (K1 && U > 1)
+    for (; p + U <= count; p += U)
+      SNLP_UNROLL for (int u = 0; u < U; u++, values += block) add(u, tile + (int64_t)col[p + u] * T, values);
+  for (; p < count; p++, values += block) {
     const float* x = tile + (int64_t)col[p] * words * T;
     __builtin_prefetch((const char*)values + kPrefetchTile);
-    for (int64_t w = 0; w < words; w++, x += T) {
-      Vec xv[R];
-      SNLP_UNROLL for (int r = 0; r < R; r++) xv[r] = load(x + r * kLanes);
-      SNLP_UNROLL for (int j = 0; j < BN; j++) {
-        const Vec weight = D::template splat_weight<kLanes>(values + j * k + w * D::kUnit);
-        SNLP_UNROLL for (int r = 0; r < R; r++) sum[j][r] = D::template dot<kLanes>(sum[j][r], xv[r], weight);
-      }
-    }
+    int64_t w = 0;
+    if (!K1 && U > 1)
+      for (; w + U <= words; w += U)
+        SNLP_UNROLL for (int u = 0; u < U; u++, x += T) add(u, x, values + (w + u) * D::kUnit);
+    for (; w < words; w++, x += T) add(0, x, values + w * D::kUnit);
   }
   for (int j = 0; j < BN; j++)
-    for (int r = 0; r < R; r++) store(out + j * T + r * kLanes, (Vec)sum[j][r]);
+    for (int r = 0; r < R; r++) {
+      for (int u = 1; u < U; u++) sum[0][j][r] += sum[u][j][r];
+      store(out + j * T + r * kLanes, (Vec)sum[0][j][r]);
+    }
 }
 
 // One tile times the rows [begin, end), by blocks of N1 (or any) rows, BN at a time.
