@@ -1,6 +1,7 @@
 // What differs between the dtypes. A kernel thinks in 32-bit words: a word of x and a word of weights hold
 // kUnit values each, and dot() adds their products, lane by lane. A dtype says how x becomes words, how
-// weights are read as words, and what a sum means as a float:
+// weights are read as words, and what a sum means as a float. Scalar is the dtype with the same numbers and
+// one value in a word.
 //
 //   F32       1 float                                    FMA
 //   Bf16Wide  1 bfloat16, widened to float               FMA
@@ -18,16 +19,19 @@ namespace {
 template <class E>
 struct FloatSums {
   typedef E Element;
+  typedef float Word;
   template <int L>
   using Sum = VecL<L>;
   static constexpr bool kQuantized = false;
   static constexpr int kShift = 0;
   template <int L>
   SNLP_INLINE VecL<L> value(VecL<L> sum) { return sum; }
+  SNLP_INLINE float word(E weight) { return to_float(weight); }
 };
 
 struct F32 : FloatSums<float> {
   typedef float Weight;
+  typedef F32 Scalar;
   static constexpr int kUnit = 1;
   template <int L>
   SNLP_INLINE VecL<L> words(const float* x, float) { return load<L>(x); }
@@ -41,6 +45,7 @@ struct F32 : FloatSums<float> {
 
 struct Bf16Wide : FloatSums<bf16> {
   typedef bf16 Weight;
+  typedef Bf16Wide Scalar;
   static constexpr int kUnit = 1;
   template <int L>
   SNLP_INLINE VecL<L> words(const bf16* x, float) { return load<L>(x); }
@@ -55,6 +60,7 @@ struct Bf16Wide : FloatSums<bf16> {
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 struct Bf16Dot : FloatSums<bf16> {
   typedef bf16 Weight;
+  typedef Bf16Wide Scalar;
   static constexpr int kUnit = 2;
   template <int L>
   SNLP_INLINE VecL<L> words(const bf16* x, float) { return load<L>((const float*)x); }
@@ -71,12 +77,6 @@ struct Bf16Dot : FloatSums<bf16> {
 #else
     if constexpr (L == 4) return (VecL<L>)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)x, (bfloat16x8_t)w);
 #endif
-    if constexpr (L == 1) {
-      bf16 a[2], b[2];
-      memcpy(a, &x, 4);
-      memcpy(b, &w, 4);
-      return sum + to_float(a[0]) * to_float(b[0]) + to_float(a[1]) * to_float(b[1]);
-    }
   }
 };
 #endif
@@ -85,6 +85,7 @@ struct Bf16Dot : FloatSums<bf16> {
 template <class E>
 struct IntSums {
   typedef E Element;
+  typedef int32_t Word;
   typedef int8_t Weight;
   template <int L>
   using Sum = IntsL<L>;
@@ -103,6 +104,8 @@ struct IntSums {
 
 template <class E>
 struct I8Wide : IntSums<E> {
+  typedef I8Wide Scalar;
+  SNLP_INLINE int32_t word(int8_t weight) { return weight; }
   static constexpr int kUnit = 1, kShift = 0;
   template <int L>
   SNLP_INLINE VecL<L> words(const E* x, float inverse) {
@@ -122,6 +125,7 @@ struct I8Wide : IntSums<E> {
 #if defined(__AVX2__)
 template <class E>
 struct I8Madd : IntSums<E> {
+  typedef I8Wide<E> Scalar;
   static constexpr int kUnit = 2, kShift = 0;
   template <int L>
   SNLP_INLINE VecL<L> words(const E* x, float inverse) {
@@ -150,12 +154,6 @@ struct I8Madd : IntSums<E> {
 #endif
     if constexpr (L == 8) return sum + (IntsL<L>)_mm256_madd_epi16((__m256i)x, (__m256i)w);
     if constexpr (L == 4) return sum + (IntsL<L>)_mm_madd_epi16((__m128i)x, (__m128i)w);
-    if constexpr (L == 1) {
-      int16_t a[2], b[2];
-      memcpy(a, &x, 4);
-      memcpy(b, &w, 4);
-      return sum + (a[0] * b[0] + a[1] * b[1]);
-    }
   }
 };
 #endif
@@ -163,6 +161,7 @@ struct I8Madd : IntSums<E> {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 template <class E>
 struct I8Dot : IntSums<E> {
+  typedef I8Wide<E> Scalar;
 #if defined(__x86_64__)
   static constexpr int kUnit = 4, kShift = 128;
 #else
@@ -194,14 +193,6 @@ struct I8Dot : IntSums<E> {
 #else
     if constexpr (L == 4) return (IntsL<L>)vdotq_s32((int32x4_t)sum, (int8x16_t)x, (int8x16_t)w);
 #endif
-    if constexpr (L == 1) {
-      uint8_t a[4];
-      int8_t b[4];
-      memcpy(a, &x, 4);
-      memcpy(b, &w, 4);
-      for (int i = 0; i < 4; i++) sum += (kShift ? (int)a[i] : (int)(int8_t)a[i]) * b[i];
-      return sum;
-    }
   }
 };
 #endif

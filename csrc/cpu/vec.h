@@ -135,6 +135,26 @@ SNLP_INLINE void store_first(T* p, VecL<L> v, int64_t count) {
   memcpy(p, lanes, count * sizeof(T));
 }
 
+// v[i] + v[i ^ H] in lane i.
+template <int L, int H, class V>
+SNLP_INLINE V add_across(V v) {
+  if constexpr (H < L) {
+    IntsL<L> from;
+    for (int i = 0; i < L; i++) from[i] = i ^ H;
+    return v + __builtin_shuffle(v, from);
+  }
+  return v;
+}
+
+// The sum over each `segment` of lanes, in the first of them.
+template <int L, class V>
+SNLP_INLINE V add_segments(V v, int segment) {
+  if (segment > 8) v = add_across<L, 8>(v);
+  if (segment > 4) v = add_across<L, 4>(v);
+  if (segment > 2) v = add_across<L, 2>(v);
+  return add_across<L, 1>(v);
+}
+
 // Transpose kLanes vectors of kLanes floats in place.
 #if defined(__AVX512F__)
 SNLP_INLINE void transpose(Vec r[16]) {

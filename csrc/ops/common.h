@@ -8,6 +8,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <pthread.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -52,13 +55,23 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Run every share of the work, one thread each, or all of them here inside somebody's parallel region.
-// `work` is in multiply-adds.
+// Whether this process was forked from one that may have started its thread pool: the pool's threads are
+// gone, and waiting for them would never end.
+inline bool was_forked() {
+  static std::atomic<bool> forked{false};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  (void)registered;
+  return forked;
+}
+
+// Run every share of the work, one thread each, or all of them here inside somebody's parallel region and in
+// a forked process. `work` is in multiply-adds.
 template <class Kernel, class Args>
 void run_parts(Kernel* kernel, const Args& args, int64_t work) {
   constexpr int64_t kWorkPerThread = 1 << 15;  // below which a second thread costs more than it saves
   int64_t parts = torch::stable::get_num_threads();
   if (work / kWorkPerThread < parts) parts = work / kWorkPerThread;
+  if (was_forked()) parts = 1;
   auto shares = [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     float* memory = scratch.at_least(args.scratch());

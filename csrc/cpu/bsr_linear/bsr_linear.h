@@ -19,9 +19,8 @@ struct BsrLinear {
   int activation;  // enum Activation
   bool half;       // int8: x, bias, residual and y are bfloat16, not float
 
-  bool decode() const { return M <= 8; }
   // 4-byte words of scratch that one part needs: a tile of x, and for int8 the sums of the rows.
-  size_t scratch() const { return (size_t)(K + 64) * 64 + N + 4096; }
+  size_t scratch() const { return (size_t)(K + 64) * 72 + N + 4096; }
 };
 
 // dx = grad W, and dvalues[p] = sum over tokens of grad[:, block row of p]ᵀ x[:, block column of p].

@@ -31,15 +31,15 @@ SNLP_INLINE void many_tokens(const BsrLinear& a, int part, int parts, float* scr
 
 template <class D>
 void forward(const BsrLinear& a, int part, int parts, float* scratch) {
-  if (a.decode()) return few_tokens<D>(a, part, parts, scratch);
-  many_tokens<D>(a, part, parts, scratch);
+  if (!few_tokens<D>(a, part, parts, scratch)) many_tokens<D>(a, part, parts, scratch);
 }
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 void forward_bf16_dot(const BsrLinear& a, int part, int parts, float* scratch) {
   if (a.k % 2 == 0) return forward<Bf16Dot>(a, part, parts, scratch);
 #if defined(__AVX512BF16__)
-  if (a.k == 1 && !a.decode()) {
+  if (a.k == 1) {
+    if (few_tokens<Bf16Wide>(a, part, parts, scratch)) return;
     if (a.n % 8 == 0) return many_tokens<Bf16Dot, PairedColumns<8>, 2>(a, part, parts, scratch);
     if (a.n % 4 == 0) return many_tokens<Bf16Dot, PairedColumns<4>, 4>(a, part, parts, scratch);
     if (a.n % 2 == 0) return many_tokens<Bf16Dot, PairedColumns<2>, 4>(a, part, parts, scratch);

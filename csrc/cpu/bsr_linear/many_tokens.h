@@ -17,20 +17,28 @@ void sum_rows(const BsrLinear& a, int64_t from, int64_t to, int32_t* row_sums) {
   const bool whole = to > (tile + 1) * per_tile;
   const int64_t begin = whole ? 0 : row_at_cost(a, from - tile * per_tile, kGroup);
   const int64_t end = whole ? a.N : row_at_cost(a, to - tile * per_tile, kGroup);
+  constexpr int L = kLanes < 8 ? 4 : 8, U = 4;
+  typedef typename D::template Sum<L> Sum;
   const int32_t all_shift = (int32_t)(D::kShift * 0x01010101u);
+  const VecL<L> x = splat_word<L>(&all_shift);
   const int64_t words = a.k / D::kUnit;
   for (int64_t block_row = begin / a.n; block_row * a.n < end; block_row++) {
     const int64_t first = a.crow[block_row], last = a.crow[block_row + 1];
     const typename D::Weight* w = (const typename D::Weight*)a.values + first * a.n * a.k;
     int32_t* sums = row_sums + block_row * a.n;
-    constexpr int L = kLanes < 8 ? 4 : 8;
-    if (words == 1 && a.n % L == 0) {
-      const VecL<L> x = splat_word<L>(&all_shift);
-      for (int j = 0; j < a.n; j += L) {
-        typename D::template Sum<L> sum = {};
-        for (int64_t p = 0; p < last - first; p++)
-          sum = D::template dot<L>(sum, x, D::template weights<L>(w + (p * a.n + j) * a.k));
-        memcpy(sums + j, &sum, sizeof sum);
+    if (a.n * words % L == 0 && L % words == 0) {
+      for (int64_t v = 0; v < a.n * words; v += L) {
+        Sum sum[U] = {};
+        int64_t p = first;
+        const typename D::Weight* at = w + v * D::kUnit;
+        for (; p + U <= last; p += U)
+          SNLP_UNROLL for (int u = 0; u < U; u++, at += a.n * a.k)
+            sum[u] = D::template dot<L>(sum[u], x, D::template weights<L>(at));
+        for (; p < last; p++, at += a.n * a.k) sum[0] = D::template dot<L>(sum[0], x, D::template weights<L>(at));
+        for (int u = 1; u < U; u++) sum[0] += sum[u];
+        int32_t lanes[L];
+        store_lanes<int32_t, L>(lanes, add_segments<L>(sum[0], words));
+        for (int i = 0; i < L; i += words) *sums++ = lanes[i];
       }
     } else {
       memset(sums, 0, a.n * sizeof *sums);

@@ -54,12 +54,13 @@ struct PairedColumns {
   template <int R>
   SNLP_INLINE void rows(const float* tile, const int32_t* col, int64_t count, const bf16* values, int64_t n, float* out) {
     constexpr int H = (R + 1) / 2;
+    alignas(64) static const float nothing[H * 16] = {};
     static const bf16 zeros[8] = {};
     Vec sum[BN][R] = {};
     for (int64_t p = 0; p < count; p += 2, values += 2 * n) {
       const bool alone = p + 1 == count;
       const float* xa = tile + (int64_t)col[p] * H * 16;
-      const float* xb = alone ? xa : tile + (int64_t)col[p + 1] * H * 16;
+      const float* xb = alone ? nothing : tile + (int64_t)col[p + 1] * H * 16;
       __builtin_prefetch((const char*)values + kPrefetchTile);
       alignas(16) int32_t words[BN < 4 ? 4 : BN];
       pair_weights(values, alone ? zeros : values + n, words);
