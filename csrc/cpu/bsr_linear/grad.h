@@ -188,7 +188,7 @@ void wgrad(const BsrLinearGrad& a, int part, int parts, float* scratch) {
   const int64_t blocks = a.crow[a.N / a.n];
   const int64_t begin = row_at_block(a, blocks * part / parts);
   const int64_t end = part + 1 == parts ? a.N / a.n : row_at_block(a, blocks * (part + 1) / parts);
-  if (begin >= end) return;
+  if (begin >= end || blocks == 0) return;
   const int64_t first = a.crow[begin] * (int64_t)a.n * a.k, last = a.crow[end] * (int64_t)a.n * a.k;
   memset(a.dvalues + first, 0, (last - first) * sizeof(float));
   if (kLanes >= 16 && a.k % 16 == 0) return wgrad_by_inputs<E, kLanes >= 16 ? 16 : 4>(a, begin, end);
