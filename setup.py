@@ -25,23 +25,19 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-g0",
 ]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
-ISA_FLAGS = {
-    "x86_64": {
-        "scalar": [],
-        "avx2": ["-mavx2", "-mfma"],
-        "avx2_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
-        "avx512": AVX512,
-        "avx512_vnni": [*AVX512, "-mavx512vnni"],
-        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
-    },
-    "aarch64": {
-        "scalar": [],
-        "neon": [],
-        "neon_dot": ["-march=armv8.2-a+dotprod"],
-        "neon_bf16": ["-march=armv8.2-a+dotprod+bf16"],
-    },
-}
+
+
+def isa_flags():
+    """The flags of each instruction set, by machine: {"x86_64": {"avx2": ["-mavx2", ...], ...}, ...}."""
+    machines = {}
+    for line in Path("csrc/isa_flags.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            machine, isa, *flags = line.split()
+            machines.setdefault(machine, {})[isa] = flags
+    return machines
+
+
+ISA_FLAGS = isa_flags()
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 
