@@ -7,7 +7,7 @@ NATIVE := $(or $(SPARSENLP_NATIVE),1)
 BUILT := $(VENV)/.built-$(NATIVE)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test lint format bench demo demo-quick dist clean
+.PHONY: build test sanitize emulate lint format bench demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -24,6 +24,10 @@ $(BUILT): $(VENV)/.ready $(SOURCES)
 
 test: build
 	$(BIN)/python -m pytest
+
+# The kernels alone, without Python: under AddressSanitizer and UBSan, and for aarch64 in an emulator.
+sanitize emulate:
+	$(MAKE) -f tests/native/Makefile -j $(shell nproc) $@
 
 lint: build
 	$(BIN)/ruff check .
