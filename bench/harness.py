@@ -7,7 +7,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
 from itertools import cycle
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsenlp import native
-from sparsenlp.measure import machine
+from sparsenlp import BlockSparse, native
+from sparsenlp.measure import Timing, machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # cases.py serves tests and benchmarks
 
-Step = Callable[[], Tensor]
+Step = Callable[[], Any]
+
+COLD_BYTES = 64 << 20
+"""Weights that rotate are cold when together they take this much, twice the largest cache they may meet."""
+
+OWN_DENSE = {"f32": "torch fp32", "bf16": "torch bf16", "int8": "torch int8"}
+"""The baseline that works in the same dtype, by name of the kernel's dtype."""
 
 
 def rotating(calls: list[Step]) -> Step:
@@ -29,18 +38,45 @@ def rotating(calls: list[Step]) -> Step:
     return lambda: next(ring)()
 
 
-def dense_baselines(weight: Tensor, bias: Tensor, x: Tensor) -> dict[str, Step]:
-    """The dense layers of torch for weight (N, K), bias (N,) and x (M, K), all float32."""
-    half = [t.to(torch.bfloat16) for t in (x, weight, bias)]
-    steps: dict[str, Step] = {
-        "torch fp32": lambda: F.linear(x, weight, bias),
-        "torch bf16": lambda: F.linear(*half),
+def copies_when_cold(nbytes: int, cold: bool = True) -> int:
+    """How many weights of this size have to rotate to be cold; 1 if they need not be."""
+    return COLD_BYTES // max(nbytes, 1) + 1 if cold else 1
+
+
+def cold_copies(weight: BlockSparse, cold: bool = True) -> list[BlockSparse]:
+    """As many copies of `weight` as together exceed the caches; only `weight` if they need not."""
+    if not cold:
+        return [weight]
+    return [deepcopy(weight) for _ in range(copies_when_cold(weight.nbytes))]
+
+
+def dense_baselines(weight: Tensor, bias: Tensor, x: Tensor, cold: bool = False) -> dict[str, Step]:
+    """The dense layers of torch for weight (N, K), bias (N,) and x (M, K), all float32.
+
+    cold  rotates among copies of the weight, in each layer's own dtype, that together exceed the caches
+    """
+    builders: dict[str, tuple[Callable[..., Step | None], int]] = {
+        "torch fp32": (linear_fp32, 4),
+        "torch bf16": (linear_bf16, 2),
+        "oneDNN fp32": (packed_fp32, 4),
+        "torch int8": (dynamic_int8_step, 1),
     }
-    if packed := packed_fp32(weight, bias, x):
-        steps["oneDNN fp32"] = packed
-    if quantized := dynamic_int8(weight, bias):
-        steps["torch int8"] = lambda: quantized(x)
+    steps = {}
+    for name, (build, item_bytes) in builders.items():
+        calls = [build(weight, bias, x) for _ in range(copies_when_cold(weight.numel() * item_bytes, cold))]
+        if present := [call for call in calls if call is not None]:
+            steps[name] = rotating(present) if cold else present[0]
     return steps
+
+
+def linear_fp32(weight: Tensor, bias: Tensor, x: Tensor) -> Step:
+    """F.linear on a copy of the weight."""
+    return partial(F.linear, x, weight.clone(), bias)
+
+
+def linear_bf16(weight: Tensor, bias: Tensor, x: Tensor) -> Step:
+    """F.linear in bfloat16."""
+    return partial(F.linear, x.bfloat16(), weight.bfloat16(), bias.bfloat16())
 
 
 def packed_fp32(weight: Tensor, bias: Tensor, x: Tensor) -> Step | None:
@@ -51,11 +87,17 @@ def packed_fp32(weight: Tensor, bias: Tensor, x: Tensor) -> Step | None:
     return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def dynamic_int8_step(weight: Tensor, bias: Tensor, x: Tensor) -> Step | None:
+    """A call of `dynamic_int8`."""
+    layer = dynamic_int8(weight, bias)
+    return partial(layer, x) if layer is not None else None
+
+
 def dynamic_int8(weight: Tensor, bias: Tensor) -> nn.Module | None:
     """torch's dynamically quantized linear layer; None where no engine for it was built."""
     if torch.backends.quantized.engine == "none":
         return None
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -72,6 +114,7 @@ def csr(weight: Tensor, bias: Tensor, x: Tensor) -> Step:
 
 FMA_ROUNDS = 40_000  # some tenths of a millisecond
 READ_BYTES = 4 << 20
+LIMIT_STEPS = ("limit: read", "limit: fma")
 
 
 def fma_limit() -> tuple[Callable[[], int], int] | None:
@@ -90,8 +133,53 @@ def read_limit(slices: int = 32) -> tuple[Step, int]:
     return rotating([row.sum for row in data]), READ_BYTES
 
 
+def limit_steps() -> dict[str, Step]:
+    """The machine's limits as steps of `interleave`, for `limits` to evaluate."""
+    fma = fma_limit()
+    return {"limit: read": read_limit()[0]} | ({"limit: fma": fma[0]} if fma else {})
+
+
+def limits(timings: dict[str, Timing], threads: int) -> dict[str, float]:
+    """Take the limits out of `timings`: bytes per second read, float32 FLOP/s (if known) of all threads."""
+    found = {"read_bytes": READ_BYTES / timings.pop("limit: read").median}
+    fma = fma_limit()
+    if fma and "limit: fma" in timings:
+        found["fma_flops"] = threads * fma[1] / timings.pop("limit: fma").median
+    return found
+
+
+def dot_product_factor(dtype: str) -> int:
+    """The peak of a dtype ("f32", "bf16", "int8") over the float32 FMA peak, at best.
+
+    Instructions that multiply pairs of bf16 or four int8 values do 2 and 4 times the products of an FMA
+    each, and as many of them run per cycle where the vector units are 256 bits wide or better. That is
+    from the instruction's width, not measured. 1 where the kernel in use has no such instruction.
+    """
+    kernels = native.kernels().get(f"bsr_linear.{'i8' if dtype == 'int8' else dtype}", [])
+    in_force = native.isas()[native.isas().index(native.isa() or "scalar") :] if native.available else []
+    best = next((isa for isa in kernels if isa in in_force), "")
+    return {"bf16": 2, "int8": 4}.get(dtype, 1) if best.endswith(("_bf16", "_vnni", "_dot")) else 1
+
+
 def write_record(path: Path, **content: Any) -> None:
-    """A JSON file that says what ran, where, and what came out."""
+    """A JSON file that says what ran, where, and what came out; floats to 5 digits, a list's items one to a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "machine": machine(), **content}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    lines = [f"{json.dumps(name)}: {_json(value)}" for name, value in record.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(json.dumps(_rounded(item)) for item in value) + "\n]"
+    return json.dumps(_rounded(value))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float) and value:
+        return round(value, 4 - floor(log10(abs(value))))
+    return value
