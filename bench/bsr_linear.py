@@ -1,218 +1,237 @@
-"""bsr_linear against torch's dense layers: time, FLOP/s and share of the machine's limit.
+"""bsr_linear against dense layers: time, speed-up, share of the machine's limit, and the targets.
 
-    python bench/bsr_linear.py [--quick] [--output bench/results]
+    python bench/bsr_linear.py [--quick] [--only targets|blocks|scaling|real] [--peers] [--model DIR]
 
-For each number of threads, tokens M and sparsity, all candidates run interleaved in this process and
-the result of each is checked before it is timed. M = 1 runs on weights that come from memory: sets of
-them rotate, 64 MB at least. Writes bsr_linear.json and bsr_linear.png and prints a table.
+targets  float32, bfloat16 and int8 in the block each runs best with, three shapes, 1 to 512 tokens
+blocks   other blocks, and AVX2, for 768 -> 3072
+scaling  time against tokens, and against nonzeros
+real     the layers of a really pruned model beside uniform masks of the same density
+
+Each group of steps runs interleaved in this process, one group for each shape, number of tokens M and number
+of threads, and each result is checked before it is timed. M = 1 runs on weights that come from memory: sets
+of them rotate, 64 MB at least. Writes bsr_linear.json and its plots, and prints the targets; the JSON holds
+the parts that ran, and no others.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
+import harness
+import peers
+import plots
+import tables
 import torch
-from harness import csr, dense_baselines, fma_limit, read_limit, rotating, write_record
-from rich.console import Console
-from rich.table import Table
+from candidates import DEFAULT_BLOCKS, Candidate, in_default_blocks, in_every_block
+from real_weights import measure_layers, pruned_weights
+from scaling import measure_scaling
+from targets import judge
 from torch import Tensor
 
-from sparsenlp import BlockSparse
-from sparsenlp.measure import Timing, interleave, machine, machine_line, ratio, use_threads
-from sparsenlp.ops import bsr_linear
+from sparsenlp import BlockSparse, CheckpointError
+from sparsenlp.measure import Timing, interleave, ratio, use_threads
 
-from cases import BsrLinearCase  # isort: skip  (found through harness)
-
-COLD_BYTES = 64 << 20
-CSR_TOKENS = 128  # torch's CSR is timed here only: it is far behind, and slow to wait for
+Row = dict[str, Any]
+PARTS = ("targets", "blocks", "scaling", "real")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    shapes: tuple[tuple[int, int], ...] = ((3072, 768),)  # (N, K)
-    blocks: tuple[tuple[int, int], ...] = ((8, 1), (16, 1), (4, 1), (8, 8), (32, 32))
+    """What is measured. `seconds` is for each group of steps, `layer_seconds` for a model's layer at one M."""
+
+    shapes: tuple[tuple[int, int], ...] = ((3072, 768), (768, 3072), (768, 768))  # (N, K)
     tokens: tuple[int, ...] = (1, 16, 128, 512)
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95)
+    block_shape: tuple[int, int] = (3072, 768)
+    block_tokens: tuple[int, ...] = (16, 128, 512)
+    block_sparsities: tuple[float, ...] = (0.5, 0.9)
+    scaling_tokens: tuple[int, ...] = (16, 17, 32, 64, 100, 128, 256, 300, 512, 1024, 2048, 4096)
+    few_tokens: tuple[int, ...] = tuple(range(1, 41))
+    scaling_sparsities: tuple[float, ...] = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+    model_tokens: tuple[int, ...] = (16, 128, 512)
+    model_layers: int | None = None  # the first of them; None for all
     threads: tuple[int, ...] = (1, 2)
-    seconds: float = 1.5
+    seconds: float = 8.0
+    layer_seconds: float = 0.4
 
 
-QUICK = Sweep(blocks=((8, 1),), tokens=(1, 128), sparsities=(0.5, 0.9), threads=(1,), seconds=0.2)
+QUICK = Sweep(
+    shapes=((768, 768),),
+    tokens=(1, 128),
+    sparsities=(0.5, 0.9),
+    block_shape=(768, 768),
+    block_tokens=(128,),
+    scaling_tokens=(16, 64),
+    few_tokens=(1, 8, 9),
+    scaling_sparsities=(0.5, 0.9),
+    model_tokens=(16,),
+    model_layers=2,
+    threads=(1,),
+    seconds=0.2,
+    layer_seconds=0.05,
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for the JSON and the plot")
-    parser.add_argument("--quick", action="store_true", help="a few points, in seconds, to see that it runs")
-    parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads, default 1 2")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     sweep = QUICK if arguments.quick else Sweep()
     if arguments.threads:
         sweep = replace(sweep, threads=tuple(arguments.threads))
-    results = []
+    parts = {arguments.only} if arguments.only else set(PARTS)
+    for sentence in peers.missing().values() if arguments.peers else ():
+        print(sentence)
+    try:
+        weights = pruned_weights(arguments.model, sweep.model_layers) if "real" in parts else {}  # may fail, so first
+    except (CheckpointError, ModuleNotFoundError, ValueError) as error:
+        sys.exit(f"bench: {error}")
+    record: dict[str, list[Row]] = {"targets": [], "results": [], "scaling": [], "real": []}
     with torch.inference_mode():
         for threads in sweep.threads:
             with use_threads(threads):
-                results += [
-                    row
-                    for shape in sweep.shapes
-                    for tokens in sweep.tokens
-                    for sparsity in sweep.sparsities
-                    for row in measure(shape, tokens, sparsity, threads, sweep)
-                ]
-    show(results)
-    write_record(arguments.output / "bsr_linear.json", results=results)
-    plot(results, arguments.output / "bsr_linear.png")
+                if "targets" in parts:
+                    record["results"] += measure_default_blocks(sweep, arguments.peers)
+                if "blocks" in parts:
+                    record["results"] += measure_every_block(sweep)
+                if "scaling" in parts:
+                    axes = (sweep.scaling_tokens, sweep.few_tokens, sweep.scaling_sparsities)
+                    record["scaling"] += measure_scaling(*axes, seconds=sweep.seconds)
+                record["real"] += measure_layers(weights, sweep.model_tokens, sweep.layer_seconds)
+    record["targets"] = judge(record["results"])
+    tables.show(record, arguments.verbose)
+    harness.write_record(arguments.output / "bsr_linear.json", **record)
+    plots.draw(record, arguments.output)
 
 
-def measure(shape: tuple[int, int], tokens: int, sparsity: float, threads: int, sweep: Sweep) -> list[dict]:
-    """One cell of the sweep: a row for each candidate."""
-    rows, columns = shape
-    cases = {
-        block: BsrLinearCase((tokens,), rows, columns, block, density=1 - sparsity, seed=7) for block in sweep.blocks
-    }
-    first = cases[sweep.blocks[0]]
-    x, bias = first.x(), first.bias_vector()
-    assert bias is not None
-    copies = COLD_BYTES // (rows * columns * 4) + 1 if tokens == 1 else 1
-    dense = [torch.randn(rows, columns) / columns**0.5 for _ in range(copies)]
-    per_copy = [dense_baselines(weight, bias, x) for weight in dense]
-    steps = {name: rotating([baselines[name] for baselines in per_copy]) for name in per_copy[0]}
-    weights = {}
-    for block, case in cases.items():
-        weights[block] = cold_copies(case.weight(), tokens)
-        steps[f"{block[0]}x{block[1]}"] = rotating([partial(bsr_linear, x, weight, bias) for weight in weights[block]])
-        check(steps, block, case, x, bias)
-    if tokens == CSR_TOKENS:
-        steps["torch CSR"] = csr(weights[sweep.blocks[0]][0].to_dense(), bias, x)
-    fma, (read, read_bytes) = fma_limit(), read_limit()
-    limit_steps = {"limit: read": read} | ({"limit: fma": fma[0]} if fma else {})
-    timings = interleave(steps | limit_steps, sweep.seconds)
-    limits = {"read_bytes": read_bytes / timings.pop("limit: read").median}
-    if fma:
-        limits["fma_flops"] = threads * fma[1] / timings.pop("limit: fma").median
-    baselines = [name for name in timings if name.startswith(("torch", "oneDNN"))]
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for the JSON and the plots")
+    parser.add_argument("--quick", action="store_true", help="a few points, in seconds, to see that it runs")
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads, default 1 2")
+    parser.add_argument("--only", choices=PARTS, help="run, and record, this part alone")
+    parser.add_argument("--peers", action="store_true", help="other engines too, where installed (targets, M > 1)")
+    parser.add_argument("--model", type=Path, help="directory of a sparse model; default: MiniLM, pruned here")
+    parser.add_argument("--verbose", action="store_true", help="print every cell")
+    return parser.parse_args()
+
+
+def measure_default_blocks(sweep: Sweep, with_peers: bool) -> list[Row]:
+    """The part "targets", on torch's threads."""
+    candidates = in_default_blocks(sweep.sparsities)
     return [
-        row(name, timing, timings, baselines)
-        | {"threads": threads, "shape": list(shape), "tokens": tokens, "sparsity": sparsity}
-        | ({} if name in baselines else rates(name, timing, weights, tokens, limits))
-        for name, timing in timings.items()
+        row | {"part": "targets"}
+        for shape in sweep.shapes
+        for tokens in sweep.tokens
+        for row in measure_group(shape, tokens, candidates, sweep.seconds, with_peers)
     ]
 
 
-def cold_copies(weight: BlockSparse, tokens: int) -> list[BlockSparse]:
-    """For M = 1 as many copies as together exceed the caches, else just the one."""
-    if tokens > 1:
-        return [weight]
-    copies = COLD_BYTES // max(weight.nbytes, 1) + 1
+def measure_every_block(sweep: Sweep) -> list[Row]:
+    """The part "blocks", on torch's threads."""
+    candidates = in_every_block(sweep.block_sparsities)
     return [
-        BlockSparse(weight.crow_indices.clone(), weight.col_indices.clone(), weight.values.clone(), weight.shape)
-        for _ in range(copies)
+        row | {"part": "blocks"}
+        for tokens in sweep.block_tokens
+        for row in measure_group(sweep.block_shape, tokens, candidates, sweep.seconds, with_csr=tokens == 128)
     ]
 
 
-def check(steps: dict, block: tuple[int, int], case: BsrLinearCase, x: Tensor, bias: Tensor) -> None:
-    """A wrong result is never timed."""
-    expected = torch.nn.functional.linear(x.double(), case.weight().to_dense().double(), bias.double())
-    torch.testing.assert_close(steps[f"{block[0]}x{block[1]}"]().double(), expected, **case.tolerance)
+def measure_group(
+    shape: tuple[int, int],
+    tokens: int,
+    candidates: list[Candidate],
+    seconds: float,
+    with_peers: bool = False,
+    with_csr: bool = False,
+) -> list[Row]:
+    """Time the candidates and the dense layers of one shape, interleaved: a row for each.
+
+    with_peers  adds the engines of peers.py, but not for one token: cold sets of theirs take minutes to build
+    with_csr    adds torch's CSR on the weights of the last float32 8x1 candidate
+    """
+    cold, threads = tokens == 1, torch.get_num_threads()
+    generator = torch.Generator().manual_seed(7)
+    dense = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    x, bias = torch.randn(tokens, shape[1], generator=generator), torch.randn(shape[0], generator=generator)
+    steps = harness.dense_baselines(dense, bias, x, cold)
+    if with_peers and not cold:
+        steps |= peers.dense_peers(dense, bias, x, threads)
+    baselines = list(steps)
+    weights: dict[Candidate, BlockSparse] = {}
+    for candidate in candidates:
+        steps[str(candidate)], weights[candidate] = candidate.prepare(shape, tokens, cold)
+    rivals = sparse_rivals(weights, bias, x, with_peers and not cold, with_csr)
+    for engines in rivals.values():
+        steps |= dict(engines.values())
+    steps |= harness.limit_steps()
+    timings = interleave(peers.settled(steps) if with_peers else steps, 2 * seconds if with_peers else seconds)
+    limits = harness.limits(timings, threads)
+    group = {"shape": list(shape), "tokens": tokens, "threads": threads, "limits": limits}
+    best = min(baselines, key=lambda name: timings[name].median)
+    rows = [
+        {"name": name, "dtype": None, "seconds": timings[name].as_dict(), "best_dense": best} | group
+        for name in baselines
+    ]
+    for candidate, weight in weights.items():
+        against = {name: name for name in baselines}
+        against |= {name: step_name for name, (step_name, _) in rivals.get(candidate.sparsity, {}).items()}
+        row = candidate_row(candidate, timings, against) | {"best_dense": best}
+        rows.append(row | rates(row, weight, tokens, limits) | group)
+    return rows
 
 
-def row(name: str, timing: Timing, timings: dict[str, Timing], baselines: list[str]) -> dict:
-    best = min(baselines, key=lambda baseline: timings[baseline].median)
+def sparse_rivals(
+    weights: dict[Candidate, BlockSparse], bias: Tensor, x: Tensor, with_peers: bool, with_csr: bool
+) -> dict[float, dict[str, tuple[str, harness.Step]]]:
+    """sparsity -> engine -> (name of its step, step), for engines that skip zeros, on the float32 8x1 weights."""
+    found: dict[float, dict[str, tuple[str, harness.Step]]] = {}
+    for candidate, weight in weights.items():
+        if candidate == Candidate("f32", DEFAULT_BLOCKS["f32"], candidate.sparsity):
+            dense, engines = weight.to_dense(), {}
+            if with_peers:
+                engines = peers.sparse_peers(dense, bias, x, torch.get_num_threads())
+            if with_csr and candidate.sparsity == max(c.sparsity for c in weights):  # far behind: one point will do
+                engines["torch CSR"] = harness.csr(dense, bias, x)
+            found[candidate.sparsity] = {
+                name: (f"{name} {candidate.sparsity:.0%}", step) for name, step in engines.items()
+            }
+    return found
+
+
+def candidate_row(candidate: Candidate, timings: dict[str, Timing], against: dict[str, str]) -> Row:
+    """Time and ratios; `against` has the name of each rival, dense or not, and of its step."""
+    own = timings[str(candidate)]
+    default = replace(candidate, block=DEFAULT_BLOCKS[candidate.dtype], isa_cap="")
     return {
-        "name": name,
-        "seconds": timing.as_dict(),
-        "speedup": {baseline: ratio(timings[baseline], timing).median for baseline in baselines},
-        "best_dense": best,
+        "name": f"{candidate.dtype} {candidate.block_name} {candidate.isa_cap}".strip(),
+        "dtype": candidate.dtype,
+        "block": candidate.block_name,
+        "isa_cap": candidate.isa_cap,
+        "sparsity": candidate.sparsity,
+        "seconds": own.as_dict(),
+        "speedup": {name: ratio(timings[step], own).median for name, step in against.items()},
+        "time_over_default_block": ratio(own, timings[str(default)]).median,
     }
 
 
-def rates(name: str, timing: Timing, weights: dict, tokens: int, limits: dict[str, float]) -> dict:
+def rates(row: Row, weight: BlockSparse, tokens: int, limits: dict[str, float]) -> Row:
     """FLOP/s on stored weights, bytes of weights and indices per second, and the share of the limit that binds.
 
-    That is memory for one token on cold weights, else the FMA units.
+    That is memory for one token on cold weights, else the FMA units or, for bf16 and int8, the dot products
+    (see `harness.dot_product_factor`).
     """
-    weight = next(copies[0] for (n, k), copies in weights.items() if f"{n}x{k}" == name)
-    flops, moved = 2 * tokens * weight.values.numel() / timing.median, weight.nbytes / timing.median
+    seconds = row["seconds"]["median"]
+    flops, moved = 2 * tokens * weight.values.numel() / seconds, weight.nbytes / seconds
     if tokens == 1:
-        share = moved / limits["read_bytes"]
+        bound, share = "bandwidth", moved / limits["read_bytes"]
     else:
-        share = flops / limits["fma_flops"] if "fma_flops" in limits else None
-    bound = "bandwidth" if tokens == 1 else "fma"
-    return {"flops": flops, "bytes_per_second": moved, "limits": limits, "bound": bound, "share_of_limit": share}
-
-
-def show(results: list[dict]) -> None:
-    console = Console(width=150)
-    counts = sorted({result["threads"] for result in results})
-    console.print(machine_line({**machine(), "threads": " and ".join(map(str, counts))}), highlight=False)
-    for threads in counts:
-        console.print(limit_line([r["limits"] for r in results if r["threads"] == threads and "limits" in r], threads))
-    table = Table(title="float32, median time; ratio of times, interleaved; M = 1 with cold weights")
-    baselines = list(results[0]["speedup"])
-    for title in ("threads", "N x K", "M", "sparsity", "block", "us", "spread", *(f"x {b}" for b in baselines)):
-        table.add_column(title, justify="right")
-    table.add_column("share of limit", justify="right")
-    for result in results:
-        if "flops" not in result:
-            continue
-        seconds, share = result["seconds"], result["share_of_limit"]
-        table.add_row(
-            str(result["threads"]),
-            "x".join(map(str, result["shape"])),
-            str(result["tokens"]),
-            f"{result['sparsity']:.0%}",
-            result["name"],
-            f"{seconds['median'] * 1e6:.0f}",
-            f"{(seconds['p80'] - seconds['p20']) / seconds['median']:.0%}",
-            *(f"{result['speedup'][baseline]:.1f}" for baseline in baselines),
-            f"{share:.0%} {result['bound']}" if share else "-",
-        )
-    console.print(table)
-
-
-def limit_line(limits: list[dict[str, float]], threads: int) -> str:
-    """The machine's limits as they were while it was measured: from the least to the most."""
-    texts = []
-    for name, unit in (("fma_flops", "GFLOP/s fp32 FMA"), ("read_bytes", "GB/s read from memory")):
-        values = [limit[name] / 1e9 for limit in limits if name in limit]
-        texts += [f"{min(values):.0f} to {max(values):.0f} {unit}"] if values else []
-    return f"limits on {threads} threads, measured among the rest: {', '.join(texts)}"
-
-
-def plot(results: list[dict], path: Path) -> None:
-    """Speed-up over each dense baseline against sparsity, one panel per number of tokens, most threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    threads = max(result["threads"] for result in results)
-    rows = [r for r in results if r["threads"] == threads and "flops" in r]
-    tokens = sorted({r["tokens"] for r in rows})
-    block = rows[0]["name"]
-    figure, axes = plt.subplots(1, len(tokens), figsize=(3.6 * len(tokens), 3.6), sharey=True, squeeze=False)
-    for axis, m in zip(axes[0], tokens, strict=True):
-        cells = [r for r in rows if r["tokens"] == m and r["name"] == block]
-        x = [100 * r["sparsity"] for r in cells]
-        for baseline in [b for b in cells[0]["speedup"] if b != "torch CSR"]:
-            axis.plot(x, [r["speedup"][baseline] for r in cells], marker="o", label=f"over {baseline}")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=f"M = {m}" + (" (cold weights)" if m == 1 else ""), xlabel="sparsity, %", yscale="log")
-        axis.set_yticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("times faster than dense")
-    axes[0][-1].legend(fontsize=8)
-    rows_, columns = cells[0]["shape"]
-    here = {**machine(), "threads": threads}
-    figure.suptitle(
-        f"bsr_linear fp32, {block} blocks, {columns} -> {rows_}, {threads} threads\n{machine_line(here)}", fontsize=8
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+        factor = harness.dot_product_factor(row["dtype"])
+        bound = "FMA" if factor == 1 else f"{factor} x FMA"
+        share = flops / (factor * limits["fma_flops"]) if "fma_flops" in limits else None
+    return {"flops": flops, "bytes_per_second": moved, "bound": bound, "share_of_limit": share}
 
 
 if __name__ == "__main__":
