@@ -38,8 +38,9 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# About ten minutes. BENCH=--peers adds other engines; layers are timed of the demo's model if there is one.
 bench: build
-	$(BIN)/python bench/bsr_linear.py --output bench/results
+	$(BIN)/python bench/bsr_linear.py $(if $(wildcard runs/demo/sparse90),--model runs/demo/sparse90) $(BENCH)
 
 demo: build
 	$(BIN)/sparsenlp demo
