@@ -9,8 +9,8 @@ real     the layers of a really pruned model beside uniform masks of the same de
 
 Each group of steps runs interleaved in this process, one group for each shape, number of tokens M and number
 of threads, and each result is checked before it is timed. M = 1 runs on weights that come from memory: sets
-of them rotate, 64 MB at least. Writes bsr_linear.json and its plots, and prints the targets; the JSON holds
-the parts that ran, and no others.
+of them rotate, 64 MB at least. Otherwise each step is warm: an untimed call of its own precedes each sample.
+Writes bsr_linear.json and its plots, and prints the targets; the JSON holds the parts that ran, and no others.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def measure_group(
     for engines in rivals.values():
         steps |= dict(engines.values())
     steps |= harness.limit_steps()
-    timings = interleave(peers.settled(steps) if with_peers else steps, 2 * seconds if with_peers else seconds)
+    pause = peers.SETTLE_SECONDS if with_peers else 0.0
+    timings = interleave(harness.warmed(steps, pause), 2 * seconds if with_peers else seconds)
     limits = harness.limits(timings, threads)
     group = {"shape": list(shape), "tokens": tokens, "threads": threads, "limits": limits}
     best = min(baselines, key=lambda name: timings[name].median)

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from itertools import cycle
@@ -36,6 +36,24 @@ def rotating(calls: list[Step]) -> Step:
     """One function that runs the next of `calls` each time, so that their weights are cold when there are many."""
     ring: Iterator[Step] = cycle(calls)
     return lambda: next(ring)()
+
+
+def warmed(steps: Mapping[str, Step], pause: float = 0.0) -> dict[str, Step]:
+    """The steps, each after an untimed "warm: ..." call of its own.
+
+    Else a step would find in the caches what the step before it left, and the order would decide: weights
+    are hot now unless they rotate, and so are the code and x.
+
+    pause  seconds to wait before the warm call, for threads of the step before to stop spinning
+    """
+
+    def warm(step: Step) -> None:
+        if pause:
+            time.sleep(pause)
+        step()
+
+    pairs = (((f"warm: {name}", partial(warm, step)), (name, step)) for name, step in steps.items())
+    return dict(call for pair in pairs for call in pair)
 
 
 def copies_when_cold(nbytes: int, cold: bool = True) -> int:

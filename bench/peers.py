@@ -6,7 +6,7 @@ DeepSparse, which is no longer developed, Python below 3.12 and an old onnx (`pi
 deepsparse==1.8.0 sparsezoo onnx==1.16.2`, and what `sparsezoo` asks for but numpy); so neither is in the extra.
 
 Engines bring threads of their own, which go on spinning for a while after a call, on cores that the next
-engine needs: `settled` keeps them apart.
+engine needs: a pause of SETTLE_SECONDS before each (see `harness.warmed`) keeps them apart.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from importlib import import_module, util
 from pathlib import Path
@@ -151,17 +150,3 @@ def save_onnx(weight: Tensor, bias: Tensor, tokens: int, path: Path) -> Path:
     model.ir_version = 8  # what DeepSparse reads
     onnx.save(model, str(path))
     return path
-
-
-def settled(steps: Mapping[str, Step]) -> dict[str, Step]:
-    """The steps, each after one more, named "settle: ...", that waits for other threads to stop and wakes its own."""
-
-    def settle(step: Callable[[], Any]) -> None:
-        time.sleep(SETTLE_SECONDS)
-        step()
-
-    return {
-        name: call
-        for step_name, step in steps.items()
-        for name, call in ((f"settle: {step_name}", partial(settle, step)), (step_name, step))
-    }

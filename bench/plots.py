@@ -87,11 +87,12 @@ def scaling(points: list[Row]) -> Any:
             if kind == "tokens":
                 guide = [y[-1] * size / x[-1] for size in x]
                 axis.plot(x, guide, linestyle=":", linewidth=1, color=drawn.get_color())
-        axis.set(xlabel=label, ylabel="us", xlim=(0, None) if kind != "tokens" else None)
+        axis.set(xlabel=label, ylabel="us")
         if kind == "tokens":
-            axis.set(xscale="log", yscale="log", title="dotted: proportional to M")
+            axis.set(xscale="log", yscale="log")
+            axis.set_title("dotted: proportional to M", fontsize=9)
         else:
-            axis.set_ylim(0, None)
+            axis.set(xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure

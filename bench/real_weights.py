@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from candidates import call
-from harness import OWN_DENSE, dense_baselines
+from harness import OWN_DENSE, dense_baselines, warmed
 from safetensors.torch import load_file
 
 from sparsenlp import BlockSparse, SparseLinear, from_pretrained
@@ -70,7 +70,7 @@ def measure_layer(name: str, weight: BlockSparse, tokens: int, seconds: float) -
     check(steps["real"](), x, weight, bias)
     check(steps["uniform"](), x, twin, bias)
     dense = dense_baselines(weight.to_dense().float(), bias.float(), x.float())
-    timings = interleave(steps | dense, seconds)
+    timings = interleave(warmed(steps | dense), seconds)
     own = OWN_DENSE["int8" if int8 else "bf16" if dtype == torch.bfloat16 else "f32"]
     best = min(dense, key=lambda baseline: timings[baseline].median)
     rows = weight.row_density()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from candidates import DEFAULT_BLOCKS, Candidate
-from harness import OWN_DENSE
+from harness import OWN_DENSE, warmed
 
 from sparsenlp.measure import interleave
 
@@ -41,9 +41,11 @@ def measure_scaling(
                 name = f"{dtype} {m} {sparsity}"
                 steps[name] = step
                 about[name] = {"axis": axis, "dtype": dtype, "tokens": m, "nonzeros": weight.values.numel()}
-        timings = interleave(steps, seconds)
+        timings = interleave(warmed(steps), seconds)
         extra = {"shape": list(SHAPE), "threads": torch.get_num_threads()}
-        rows += [about[name] | extra | {"seconds": timing.as_dict()} for name, timing in timings.items()]
+        rows += [
+            about[name] | extra | {"seconds": timing.as_dict()} for name, timing in timings.items() if name in about
+        ]
     return rows
 
 

@@ -136,7 +136,7 @@ def test_model_directory(tmp_path):
     assert "bench: --model: expected a model with sparse layers, got none" in result.stderr
 
 
-def test_peers_are_checked_and_settled(bench_modules):
+def test_peers_are_checked(bench_modules):
     import peers
 
     x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
@@ -144,11 +144,16 @@ def test_peers_are_checked_and_settled(bench_modules):
     peers.check({"some fp32": lambda: [right.numpy()], "some int8": lambda: {"y": 1.01 * right}}, weight, bias, x)
     with pytest.raises(AssertionError, match="some fp32: expected an error of at most 1e-05"):
         peers.check({"some fp32": lambda: [1.01 * right.numpy()]}, weight, bias, x)
+
+
+def test_each_step_is_warmed_by_itself(bench_modules):
+    from harness import warmed
+
     calls = []
-    steps = peers.settled({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    steps = warmed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, pause=1e-4)
     for step in steps.values():
         step()
-    assert (list(steps), calls) == (["settle: a", "a", "settle: b", "b"], ["a", "a", "b", "b"])
+    assert (list(steps), calls) == (["warm: a", "a", "warm: b", "b"], ["a", "a", "b", "b"])
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "zentorch", "deepsparse"])
