@@ -152,7 +152,7 @@ SNLP_INLINE V add_segments(V v, int segment) {
   if (segment > 8) v = add_across<L, 8>(v);
   if (segment > 4) v = add_across<L, 4>(v);
   if (segment > 2) v = add_across<L, 2>(v);
-  return add_across<L, 1>(v);
+  return segment > 1 ? add_across<L, 1>(v) : v;
 }
 
 // Transpose kLanes vectors of kLanes floats in place.
