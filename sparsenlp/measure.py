@@ -66,6 +66,7 @@ def interleave(
     seconds: float = 1.0,
     min_rounds: int = 5,
     warmup: int = 2,
+    warm: bool = False,
 ) -> dict[str, Timing]:
     """Time the functions in turn, A B A B ..., until `seconds` are used up in all.
 
@@ -76,6 +77,8 @@ def interleave(
     seconds     budget of the timed part, s; warm-up comes on top
     min_rounds  rounds that run even if the budget is exceeded
     warmup      untimed calls of every function, at least 1
+    warm        run each sample twice and time the second, so that the caches hold this function's data and
+                not the one's before it
     returns     {name: Timing}, seconds per call, the same number of samples for every name
 
     Gradients are as the caller set them. Raises ValueError if there is no function, or min_rounds or
@@ -91,6 +94,8 @@ def interleave(
     rounds = 0
     while rounds < min_rounds or time.perf_counter() < end:
         for name, function in functions.items():
+            if warm:
+                _sample(function, repeats[name])
             samples[name].append(_sample(function, repeats[name]))
         rounds += 1
     return {name: Timing.of(values) for name, values in samples.items()}

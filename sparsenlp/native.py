@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 ISA_VARIABLE = "SPARSENLP_CPU_ISA"
@@ -37,6 +40,14 @@ def kernels() -> dict[str, list[str]]:
 def isa() -> str | None:
     """The instruction set the kernels run on now, None without the extension."""
     return _C.isa() if _C is not None else None
+
+
+@functools.cache
+def fingerprint() -> str | None:
+    """16 hexadecimal digits of the extension's file, which a rebuilt kernel changes; None without the extension."""
+    if _C is None or _C.__file__ is None:
+        return None
+    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:16]
 
 
 def set_isa_cap(name: str | None) -> None:

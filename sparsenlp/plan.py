@@ -13,6 +13,10 @@ from .measure import Timing, machine_line
 BlockShape = tuple[int, int]
 Times = dict[int, Timing]
 """{tokens: seconds per call}"""
+Seconds = dict[int, float]
+"""{tokens: predicted seconds per call}"""
+MEASURES = ("model", "time", "off")
+"""What may decide: a cost model and a timing that confirms it, timings alone, or the pattern of zeros."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,10 @@ class PlanRow:
     block           (n, k) of the SparseLinear that replaces it, None if it stays dense
     stored_density  fraction of the weights that `block` stores
     reason          why this was chosen
-    speedup         dense time / best sparse time, geometric mean over the token counts; None if not measured
+    speedup         dense time / best sparse time, geometric mean over the token counts, as timed or, for a layer that
+                    was not timed, as predicted; None without either
     dense, sparse   the times; those of an alike layer where layers shared a measurement
+    predicted_dense, predicted_sparse   what the cost model said
     """
 
     name: str
@@ -38,6 +44,8 @@ class PlanRow:
     speedup: float | None = None
     dense: Times = field(default_factory=dict)
     sparse: dict[BlockShape, Times] = field(default_factory=dict)
+    predicted_dense: Seconds = field(default_factory=dict)
+    predicted_sparse: dict[BlockShape, Seconds] = field(default_factory=dict)
 
     def keep_dense(self, reason: str, speedup: float | None = None) -> PlanRow:
         return replace(self, reason=reason, speedup=speedup)
@@ -47,6 +55,9 @@ class PlanRow:
 
     def with_times(self, dense: Times, sparse: dict[BlockShape, Times]) -> PlanRow:
         return replace(self, dense=dense, sparse=sparse)
+
+    def with_predictions(self, dense: Seconds, sparse: dict[BlockShape, Seconds]) -> PlanRow:
+        return replace(self, predicted_dense=dense, predicted_sparse=sparse)
 
     @property
     def chosen(self) -> str:
@@ -58,6 +69,13 @@ class PlanRow:
         if self.block is not None:
             return self.sparse.get(self.block, {})
         return min(self.sparse.values(), key=geometric_mean, default={})
+
+    @property
+    def predicted_best(self) -> Seconds:
+        """Predictions for the chosen block, or for the one predicted fastest if dense won; empty without a model."""
+        if self.block is not None:
+            return self.predicted_sparse.get(self.block, {})
+        return min(self.predicted_sparse.values(), key=mean_seconds, default={})
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data; times in seconds."""
@@ -72,6 +90,8 @@ class PlanRow:
             "speedup": self.speedup,
             "dense_seconds": _times_dict(self.dense),
             "sparse_seconds": {block_name(block): _times_dict(times) for block, times in self.sparse.items()},
+            "predicted_dense_seconds": _seconds_dict(self.predicted_dense),
+            "predicted_sparse_seconds": {block_name(b): _seconds_dict(s) for b, s in self.predicted_sparse.items()},
         }
 
 
@@ -81,16 +101,18 @@ class Plan:
 
     machine       as `measure.machine()`
     threads       torch threads during the measuring
-    measured      whether times decided
+    measure       what decided, one of MEASURES
     measurements  how many distinct ones were made
+    model_errors  of the cost model, by kind of layer: 90th percentile of its relative error on calls it had not seen
     """
 
     rows: tuple[PlanRow, ...]
     machine: dict[str, Any]
     threads: int
     token_counts: tuple[int, ...]
-    measured: bool
+    measure: str
     measurements: int
+    model_errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -108,8 +130,9 @@ class Plan:
             "machine": self.machine,
             "threads": self.threads,
             "token_counts": list(self.token_counts),
-            "measured": self.measured,
+            "measure": self.measure,
             "measurements": self.measurements,
+            "model_errors": self.model_errors,
             "spread": self.spread,
             "rows": [row.as_dict() for row in self.rows],
         }
@@ -118,11 +141,16 @@ class Plan:
         return "\n".join([_align(self._cells()), *self._footer()])
 
     def _cells(self) -> list[list[str]]:
-        counts = self.token_counts if self.measured else ()
-        columns = [f"{kind} ms @{m}" for m in counts for kind in ("dense", "sparse")]
+        counts = self.token_counts if self.measure != "off" else ()
+        predicts = self.measure == "model"
+        columns = [f"{kind} ms @{m}" for m in counts for kind in _column_kinds(predicts)]
         cells = [["layer", "shape", "dtype", "zeros", "chosen", *columns, "why"]]
         for row in self.rows:
-            times = [_ms(ts.get(m)) for m in counts for ts in (row.dense, row.best)]
+            times = []
+            for m in counts:
+                for timed, predicted in ((row.dense, row.predicted_dense), (row.best, row.predicted_best)):
+                    times += [_ms(timed[m].median if m in timed else None)]
+                    times += [_ms(predicted.get(m))] if predicts else []
             shape = "x".join(map(str, row.shape))
             dtype = str(row.dtype).removeprefix("torch.")
             cells.append([row.name, shape, dtype, f"{row.sparsity:.1%}", row.chosen, *times, row.reason])
@@ -130,17 +158,25 @@ class Plan:
 
     def _footer(self) -> list[str]:
         lines = [f"{len(self.converted)} of {len(self.rows)} layers are sparse now"]
-        if self.measured and self.spread is not None:
+        if self.spread is not None:
             lines.append(
                 f"{self.measurements} measurements on {self.threads} threads, medians, weights warm; "
                 f"largest spread (p80 - p20) {self.spread:.0%}; sparse = the block chosen, or the best if dense won"
             )
+        if self.model_errors:
+            errors = ", ".join(f"{kind} {error:.0%}" for kind, error in self.model_errors.items())
+            lines.append(f"predicted by the cost model, whose error is below (p90, on calls it had not seen) {errors}")
         return [*lines, machine_line({**self.machine, "threads": self.threads})]
 
 
 def geometric_mean(times: Times) -> float:
     """Of the medians over the token counts, seconds."""
     return exp(sum(log(timing.median) for timing in times.values()) / len(times))
+
+
+def mean_seconds(seconds: Seconds) -> float:
+    """Geometric mean of predictions over the token counts, seconds."""
+    return exp(sum(map(log, seconds.values())) / len(seconds))
 
 
 def block_name(block: BlockShape) -> str:
@@ -152,8 +188,16 @@ def _times_dict(times: Times) -> dict[str, Any]:
     return {str(tokens): timing.as_dict() for tokens, timing in times.items()}
 
 
-def _ms(timing: Timing | None) -> str:
-    return "-" if timing is None else f"{1e3 * timing.median:.3f}"
+def _seconds_dict(seconds: Seconds) -> dict[str, float]:
+    return {str(tokens): value for tokens, value in seconds.items()}
+
+
+def _column_kinds(predicts: bool) -> tuple[str, ...]:
+    return ("dense", "predicted", "sparse", "predicted") if predicts else ("dense", "sparse")
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3f}"
 
 
 def _align(cells: list[list[str]]) -> str:

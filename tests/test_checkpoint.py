@@ -46,7 +46,7 @@ def pruned_mlp():
 @pytest.fixture(scope="module")
 def model():
     model = pruned_mlp()
-    sparsify_(model, SparsifyConfig(measure=False))
+    sparsify_(model, SparsifyConfig(measure="off"))
     return model
 
 
@@ -134,7 +134,7 @@ def test_pruned_layers_are_small_on_disk(tmp_path):
     model = nn.Sequential(nn.Linear(512, 512, bias=False))
     with torch.no_grad():
         model[0].weight.mul_((torch.rand(64, 512) < 0.1).repeat_interleave(8, 0))
-    sparsify_(model, SparsifyConfig(measure=False))
+    sparsify_(model, SparsifyConfig(measure="off"))
     file = save_pretrained(model, tmp_path / "m") / "model.safetensors"
     assert file.stat().st_size < 512 * 512 * 4 / 8
 
@@ -151,7 +151,7 @@ def test_shared_and_tied_modules(tmp_path, x):
     model = Tied()
     with torch.no_grad():
         model.first.weight.mul_((torch.rand(4, 16) < 0.3).repeat_interleave(8, 0))
-    sparsify_(model, SparsifyConfig(measure=False))
+    sparsify_(model, SparsifyConfig(measure="off"))
     loaded = from_pretrained(save_pretrained(model, tmp_path / "tied"), Tied())
     assert loaded.again is loaded.first
     assert isinstance(loaded.first, SparseLinear)

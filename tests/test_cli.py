@@ -21,7 +21,7 @@ VERBS = ("info", "demo", "prune", "eval", "bench")
 class Unmeasured(SparsifyConfig):
     """Layers as small as those here may well be faster dense."""
 
-    measure: bool = False
+    measure: str = "off"
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from sparsenlp import SparseLinear, SparsifyConfig, sparsify_
 from sparsenlp.convert import candidate_densities
 from sparsenlp.measure import Timing
 
-BY_PATTERN = SparsifyConfig(measure=False)
-MEASURED = SparsifyConfig(blocks=((8, 1), (4, 1)))
+BY_PATTERN = SparsifyConfig(measure="off")
+MEASURED = SparsifyConfig(blocks=((8, 1), (4, 1)), measure="time")
 
 
 class Encoder(nn.Module):
@@ -59,11 +59,11 @@ def fake_times(monkeypatch):
     calls = []
 
     def install(times):
-        def interleave(runs, seconds):
+        def interleave(runs, seconds, warm):
             calls.append(sorted(runs))
             return {name: Timing.of([times.get(name, 1.0)] * 3) for name in runs}
 
-        monkeypatch.setattr("sparsenlp.convert.interleave", interleave)
+        monkeypatch.setattr("sparsenlp.choose.interleave", interleave)
         return calls
 
     return install
@@ -161,12 +161,12 @@ def test_measurement_decides_for_dense(model, fake_times):
 def test_token_counts_weigh_the_same(model, monkeypatch):
     rounds = iter([(1.0, 0.1), (1.0, 8.0)])
 
-    def interleave(runs, seconds):
+    def interleave(runs, seconds, warm):
         dense, sparse = next(rounds)
         return {name: Timing.of([dense if name == "dense" else sparse]) for name in runs}
 
-    monkeypatch.setattr("sparsenlp.convert.interleave", interleave)
-    plan = sparsify_(model, SparsifyConfig(token_counts=(1, 128)), lambda _, name: name == "layers.0.0")
+    monkeypatch.setattr("sparsenlp.choose.interleave", interleave)
+    plan = sparsify_(model, SparsifyConfig(token_counts=(1, 128), measure="time"), lambda _, name: name == "layers.0.0")
     assert plan.rows[0].speedup == pytest.approx((10 / 8) ** 0.5)
     assert plan.rows[0].dense.keys() == {1, 128}
     assert plan.converted
@@ -175,12 +175,12 @@ def test_token_counts_weigh_the_same(model, monkeypatch):
 def test_a_gain_within_the_noise_stays_dense(model, monkeypatch):
     """Faster by the medians, but slower in four rounds of ten."""
 
-    def interleave(runs, seconds):
+    def interleave(runs, seconds, warm):
         times = {"dense": [1.0] * 10, "8x1": [0.5] * 6 + [1.5] * 4}
         return {name: Timing.of(times.get(name, [2.0] * 10)) for name in runs}
 
-    monkeypatch.setattr("sparsenlp.convert.interleave", interleave)
-    plan = sparsify_(model, SparsifyConfig(token_counts=(4,)))
+    monkeypatch.setattr("sparsenlp.choose.interleave", interleave)
+    plan = sparsify_(model, SparsifyConfig(token_counts=(4,), measure="time"))
     assert not plan.converted
     assert plan.rows[0].reason == "best sparse (8x1) 2.00x, but not beyond the noise"
 
@@ -200,7 +200,7 @@ def test_layers_of_other_density_are_measured_apart(model, fake_times):
 
 def test_real_measurement(model, ids):
     expected = model(ids)
-    plan = sparsify_(model, SparsifyConfig(token_counts=(4,), seconds=0.01, threads=1))
+    plan = sparsify_(model, SparsifyConfig(token_counts=(4,), measure="time", seconds=0.01, threads=1))
     torch.testing.assert_close(model(ids), expected)
     for row in plan.rows[:4]:
         assert row.dense[4].median > 0
@@ -334,6 +334,7 @@ def test_documented_errors(make, filter_fn, message):
         ({"min_sparsity": 1.0}, r"expected min_sparsity in \[0, 1\)"),
         ({"blocks": ((0, 1),)}, "expected blocks with sides"),
         ({"min_speedup": 0.0}, "expected min_speedup > 0"),
+        ({"measure": "guess"}, "expected measure as one of model, time, off, got 'guess'"),
     ],
 )
 def test_config_errors(options, message):

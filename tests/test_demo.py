@@ -25,7 +25,7 @@ ALL += ["latency"]
 class Unmeasured(SparsifyConfig):
     """Layers as small as those here may well be faster dense."""
 
-    measure: bool = False
+    measure: str = "off"
 
 
 @pytest.fixture(autouse=True)
