@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import native
 from ..measure import machine, use_threads
-from .calibrate import SECONDS, calibrate, can_calibrate
+from .calibration import SECONDS, calibrate
 from .model import CostModel, Fitted, Kind
 
 FORMAT = 1
@@ -34,10 +34,10 @@ def calibrated(
     keep       False: neither read nor write the cache
     seconds    of calibration for each kind that is missing
 
-    A kind whose block shape cannot be calibrated is left out. A cache that cannot be read, is damaged or belongs
-    to another machine is replaced, one that cannot be written is done without; a warning says so.
+    A cache that cannot be read, is damaged or belongs to another machine is replaced, one that cannot be written
+    is done without; a warning says so.
     """
-    wanted = {kind for kind in kinds if can_calibrate(kind)}
+    wanted = set(kinds)
     with use_threads(threads) as count:
         key = cache_key()
         path = Path(directory or default_directory()) / f"cost-{digest(key)}.json"
@@ -77,7 +77,7 @@ def _read(path: Path, key: dict[str, Any]) -> dict[Kind, Fitted]:
         if data["key"] != key:
             raise ValueError("expected this machine's key, got another's")
         return {kind: Fitted.from_dict(kind, entry) for kind, entry in _kinds(data["kinds"])}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:  # ValueError: not JSON, not text, or a field that is wrong
         warnings.warn(f"cost cache: {path} is not used, calibrating again: {error}", stacklevel=3)

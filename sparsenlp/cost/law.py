@@ -16,8 +16,11 @@ import numpy as np
 PAGE = 4096
 """Bytes; rows of x that are a multiple of this apart fall into the same few lines of the first cache."""
 
-CLEARLY_LESS = 0.8
-"""Squared error that another way of taking the tokens must come down to, to be believed over a likelier one."""
+CLEARLY_LESS = 0.9
+"""Share of the error that another way of taking the tokens must come down to, to be believed over a likelier one."""
+REWEIGHTINGS = 6
+NEGLIGIBLE = 0.02
+"""A relative error about which nothing need be done."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class SparseLaw:
     many tokens  s = overhead + pack * K tokens packed (more if rows of x collide in the cache)
                      + multiply * nnz tokens (whole tiles, last tile) + output * N (tiles, M) + memory
 
-    Memory is a pass over the weights that the cache of a core cannot hold. Work is shared by the threads, but
-    packing: a thread packs each tile that it has a part of.
+    Memory is what the cache of a core cannot hold: of the weights, in each pass over them, and of x and y together.
+    Work is shared by the threads, but for packing: a thread packs each tile that it has a part of.
     """
 
     setup: Setup
@@ -91,26 +94,31 @@ class SparseLaw:
     many: tuple[float, ...]
 
     FEW = ("overhead", "overhead", "pack", "multiply", "multiply", "output", "output", "memory")
-    MANY = ("overhead", "overhead", "pack", "pack", "multiply", "multiply", "output", "output", "memory")
+    MANY = ("overhead", "overhead", "pack", "pack", "multiply", "multiply", "output", "output", "memory", "memory")
 
     @classmethod
     def fit(cls, setup: Setup, works: Sequence[Work], seconds: Sequence[float]) -> SparseLaw:
-        """The law with the least squared relative error. Raises ValueError without work, or for times not above 0."""
+        """The law with the least relative errors. Raises ValueError without work, or for times not above 0."""
         _check_samples(works, seconds)
-        best: tuple[float, SparseLaw] | None = None
+        times = np.array(seconds)
+        chosen: tuple[float, Steps] | None = None
         for steps in Steps.candidates(setup.threads):
-            error, coefficients = 0.0, []
-            for few in (True, False):
-                chosen = [i for i, work in enumerate(works) if (work.tokens <= steps.few) == few]
-                width = len(cls.FEW if few else cls.MANY)
-                features = np.array([_sparse_features(works[i], setup, steps) for i in chosen]).reshape(-1, width)
-                found, residual = relative_fit(features, np.array([seconds[i] for i in chosen]))
-                coefficients.append(tuple(found.tolist()))
-                error += residual
-            if best is None or error < CLEARLY_LESS * best[0]:
-                best = error, cls(setup, steps, *coefficients)
-        assert best is not None
-        return best[1]
+            error = sum(cls._coefficients(setup, steps, works, times, few, 1)[1] for few in (True, False))
+            if chosen is None or error < CLEARLY_LESS * chosen[0]:
+                chosen = error, steps
+        assert chosen is not None
+        few, many = (cls._coefficients(setup, chosen[1], works, times, few)[0] for few in (True, False))
+        return cls(setup, chosen[1], few, many)
+
+    @classmethod
+    def _coefficients(
+        cls, setup: Setup, steps: Steps, works: Sequence[Work], times: np.ndarray, few: bool, rounds: int = REWEIGHTINGS
+    ) -> tuple[tuple[float, ...], float]:
+        """(coefficients, their error) of the works with few tokens, or of those with many."""
+        chosen = [i for i, work in enumerate(works) if (work.tokens <= steps.few) == few]
+        features = np.array([_sparse_features(works[i], setup, steps) for i in chosen])
+        found, error = relative_fit(features.reshape(-1, len(cls.FEW if few else cls.MANY)), times[chosen], rounds)
+        return tuple(found.tolist()), error
 
     def parts(self, work: Work) -> dict[str, float]:
         """Seconds by what they are spent on: overhead, pack, multiply, output, memory."""
@@ -138,7 +146,7 @@ class SparseLaw:
 
 @dataclass(frozen=True)
 class DenseLaw:
-    """Seconds of a dense layer: at each of `tokens` a line through N K, N, K and memory; in between, interpolated.
+    """Seconds of a dense layer: at each of `tokens` overhead + multiply * N K + memory; in between, interpolated.
 
     The library behind it changes its ways with the number of tokens, so each measured number has its own line.
     Beyond the last one every further token costs what it did between the last two.
@@ -148,7 +156,7 @@ class DenseLaw:
     tokens: tuple[int, ...]
     lines: tuple[tuple[float, ...], ...]
 
-    PARTS = ("overhead", "multiply", "output", "pack", "memory")
+    PARTS = ("overhead", "multiply", "memory")
 
     @classmethod
     def fit(cls, setup: Setup, works: Sequence[Work], seconds: Sequence[float]) -> DenseLaw:
@@ -203,19 +211,24 @@ class DenseLaw:
 Law = SparseLaw | DenseLaw
 
 
-def relative_fit(features: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, float]:
-    """(c, e): c >= 0 that minimizes e = sum of ((features c - seconds) / seconds)^2.
+def relative_fit(features: np.ndarray, seconds: np.ndarray, rounds: int = REWEIGHTINGS) -> tuple[np.ndarray, float]:
+    """(c, e): c >= 0 that about minimizes e = sum of |features c - seconds| / seconds.
 
-    features (samples, width), seconds (samples,) above 0; a column of zeros gets the coefficient 0.
+    Absolute errors, not squared ones, because some times are far too long on a machine that does something else as
+    well: least squares, reweighted. features (samples, width), seconds (samples,) above 0; a column of zeros gets
+    the coefficient 0.
     """
     if not len(seconds):
         return np.zeros(features.shape[1]), 0.0
     relative = features / seconds[:, None]
     scale = np.abs(relative).max(axis=0)
     scale[scale == 0] = 1.0
-    found = _nonnegative_least_squares(relative / scale, np.ones(len(seconds)))
-    residual = relative @ (found / scale) - 1
-    return found / scale, float(residual @ residual)
+    weights = np.ones(len(seconds))
+    for _ in range(rounds):
+        found = _nonnegative_least_squares(relative / scale * weights[:, None], weights) / scale
+        residual = np.abs(relative @ found - 1)
+        weights = 1 / np.sqrt(np.maximum(residual, NEGLIGIBLE))
+    return found, float(residual.sum())
 
 
 def _nonnegative_least_squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -257,11 +270,12 @@ def _sparse_features(work: Work, setup: Setup, steps: Steps) -> list[float]:
     packed = columns * (whole * steps.tile + last) / tiles * -(-tiles // threads)
     colliding = packed if columns * setup.input_bytes % PAGE == 0 else 0.0
     shared = [stored * whole * steps.tile, stored * last, rows * tiles, rows * tokens]
-    return [1.0, float(parallel), packed, colliding, *(value / threads for value in shared), beyond * tiles]
+    traffic = max(0.0, tokens * (columns + rows) * setup.input_bytes / threads - setup.cache_bytes)
+    return [1.0, float(parallel), packed, colliding, *(value / threads for value in shared), beyond * tiles, traffic]
 
 
 def _dense_features(work: Work, setup: Setup) -> list[float]:
-    return [1.0, work.rows * work.columns, work.rows, work.columns, setup.beyond_cache(work)]
+    return [1.0, work.rows * work.columns, setup.beyond_cache(work)]
 
 
 def _sum_parts(names: Sequence[str], features: Sequence[float], coefficients: Sequence[float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..formats.block import INT8_UNIT
 from ..plan import BlockShape, block_name
 from .law import DenseLaw, Law, SparseLaw, Work
 
@@ -32,6 +33,8 @@ class Kind:
             raise ValueError(f"Kind: expected a dtype among {', '.join(WEIGHT_BYTES)} (int8 sparse only), got {self}")
         if self.block is not None and (len(self.block) != 2 or min(self.block) < 1):
             raise ValueError(f"Kind: expected a block with two sides of at least 1, got {self.block}")
+        if self.dtype == "int8" and self.block is not None and self.block[1] % INT8_UNIT:
+            raise ValueError(f"Kind: expected int8 blocks with k a multiple of {INT8_UNIT}, got {self.block}")
 
     @classmethod
     def of(cls, dtype: torch.dtype, block: BlockShape | None = None) -> Kind:
