@@ -402,3 +402,34 @@ def test_bench_without_the_extension_says_so(sparse, monkeypatch):
 def test_bench_refuses_bad_input(sparse):
     assert failure("bench", sparse, "--tokens", "512").startswith("bench: expected at most 32 tokens")
     assert failure("bench", sparse, "--baseline", "onnx").startswith("bench: expected baselines among eager fp32")
+
+
+def test_bench_explains_layers(sparse, monkeypatch):
+    from sparsenlp.cost import CostModel, Fitted, Kind
+    from sparsenlp.cost.law import DenseLaw, Setup, SparseLaw, Steps
+
+    setup = Setup(1, 4, 4, 1 << 20)
+    law = SparseLaw(setup, Steps(8, 16, 32, 0), (1e-5,) * 8, (1e-5,) * 10)
+    laws = {True: law, False: DenseLaw(setup, (1, 2), ((1e-5,) * 3,) * 2)}
+    asked = []
+
+    def known(kinds, *_):
+        asked.extend(kinds)
+        return CostModel(1, {kind: Fitted(laws[kind.block is not None], (0.25,)) for kind in kinds})
+
+    monkeypatch.setattr("sparsenlp.cost.explain.calibrated", known)
+    options = ("--explain", "--batch", "2", "--tokens", "4", "--seconds", "0")
+    text = succeed("bench", sparse, *options).stdout
+    assert "sparse: error median" in text
+    assert "float32 dense 25% / 25%" in text
+    assert "1 threads" in text
+    data = json.loads(succeed("bench", sparse, *options, "--json").stdout)
+    assert {layer["tokens"] for layer in data["layers"]} == {8}
+    assert data["calibration_error"]["float32 dense"] == {"median": 0.25, "p90": 0.25}
+    assert Kind("float32") in asked
+    message = failure("bench", sparse, "--explain", "--baseline", "eager fp32")
+    assert message == "explain: expected neither --dense nor --baseline, as only layers are timed"
+
+
+def test_bench_explains_nothing_of_a_dense_model(files):
+    assert "expected a model with sparse layers" in failure("bench", files / "model", "--explain")

@@ -8,11 +8,15 @@ import typer
 
 from .. import native
 from ..measure import machine_line
+from ..plan import block_name
 from .console import note, print_json, print_table, say
 from .options import Threads
 
 if TYPE_CHECKING:
-    from ..benchmark import LatencyReport
+    from torch import nn
+
+    from ..benchmark import LatencyReport, Setting
+    from ..cost.explain import Explanation
 
 
 def bench(
@@ -32,6 +36,12 @@ def bench(
         list[str] | None, typer.Option(help="Dense baseline to run; repeatable. (default: all)", show_default=False)
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time spent on each batch and length, beside 5 rounds.")] = 5.0,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", help="Layer by layer instead: what the cost model predicts, what is measured, and why."
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Latency of a sparse checkpoint against the best ways to run the dense model on this machine.
@@ -41,6 +51,7 @@ def bench(
 
     \b
     sparsenlp bench out --batch 1 --batch 16 --tokens 32 --tokens 128 --threads 2
+    sparsenlp bench out --explain
     """
     from ..benchmark import BASELINES, Setting, check, dense_twin, row_names
     from ..benchmark import bench as run_bench
@@ -49,8 +60,13 @@ def bench(
     from ..train.progress import progress_bar
 
     sparse = load_model(model)
-    reference = dense_twin(sparse) if dense is None else load_model(dense)
     settings = [Setting(b, t) for b in batch or (1, 16) for t in tokens or (32, 128)]
+    if explain:
+        if dense is not None or baseline:
+            raise ValueError("explain: expected neither --dense nor --baseline, as only layers are timed")
+        _explain(sparse, settings, threads, seconds, json)
+        return
+    reference = dense_twin(sparse) if dense is None else load_model(dense)
     chosen = tuple(baseline or BASELINES)
     check(reference, settings, chosen)
     count = sum(isinstance(layer, SparseLinear) for layer in sparse.modules())
@@ -74,6 +90,42 @@ def bench(
         print_json(report.as_dict())
         return
     print_report(report)
+
+
+def _explain(model: nn.Module, settings: list[Setting], threads: int | None, seconds: float, json: bool) -> None:
+    from ..cost.explain import explain
+
+    explanation = explain(model, sorted({s.batch * s.tokens for s in settings}), threads, seconds)
+    if json:
+        print_json(explanation.as_dict())
+        return
+    title = (
+        "microseconds, predicted then measured, weights warm; tokens = batch x tokens; shares of the sparse prediction"
+    )
+    print_table(explained_cells(explanation), title)
+    for line in explanation.summary():
+        say(line)
+    say(machine_line(explanation.machine))
+
+
+def explained_cells(explanation: Explanation) -> list[list[str]]:
+    """One row per layer and number of tokens, with the share of the predicted sparse time that each part takes."""
+    parts = list(explanation.layers[0].parts)
+    header = ["layer", "shape", "block", "density", "tokens", "sparse us", "measured", "error"]
+    cells = [[*header, "dense us", "measured", "error", *parts]]
+    for layer in explanation.layers:
+        name = layer.names[0] + (f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else "")
+        cell = [name, f"{layer.work.rows}x{layer.work.columns}"]
+        block = block_name(layer.kind.block) if layer.kind.block else "dense"
+        cell += [f"{layer.kind.dtype} {block}", f"{layer.density:.1%}", str(layer.work.tokens)]
+        cell += [
+            f"{1e6 * layer.predicted_sparse:.1f}",
+            f"{1e6 * layer.measured_sparse:.1f}",
+            f"{layer.sparse_error:+.0%}",
+        ]
+        cell += [f"{1e6 * layer.predicted_dense:.1f}", f"{1e6 * layer.measured_dense:.1f}", f"{layer.dense_error:+.0%}"]
+        cells.append([*cell, *(f"{layer.parts.get(part, 0.0) / layer.predicted_sparse:.0%}" for part in parts)])
+    return cells
 
 
 def print_report(report: LatencyReport) -> None:
