@@ -80,7 +80,7 @@ def prune(
 
     A model without a trained head, or with other classes than the data, is fine-tuned first. Then
     weights are removed little by little while the dense model teaches what remains. At the end every
-    layer is measured on this machine and becomes sparse where that is faster. After Ctrl-C the same
+    layer becomes sparse where that is faster on this machine. After Ctrl-C the same
     command goes on where it stopped. Without --data the weights are removed at once and accuracy is
     not recovered.
 
@@ -259,7 +259,7 @@ def _convert(model: nn.Module, sparsity: float, counts: tuple[int, ...]) -> Plan
 
     if not native.available:
         note(f"{native.why_unavailable}: without it no sparse layer is faster than a dense one")
-    note("measuring every layer on this machine")
+    note("choosing for every layer by what is fast on this machine; the first time takes some seconds more")
     least = min(SparsifyConfig.min_sparsity, 0.9 * sparsity)
     return sparsify_(model, SparsifyConfig(token_counts=counts, min_sparsity=least))
 
