@@ -22,6 +22,15 @@ def test_warmup_is_not_sampled():
     assert len(calls) > 3
 
 
+def test_warm_samples_are_run_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr("sparsenlp.measure.SAMPLE_SECONDS", 0.0)
+    calls = []
+    functions = {"a": partial(calls.append, "a"), "b": partial(calls.append, "b")}
+    timings = interleave(functions, seconds=0, min_rounds=3, warm=True)
+    assert calls[-12:] == ["a", "a", "b", "b"] * 3
+    assert [len(t.samples) for t in timings.values()] == [3, 3]
+
+
 def test_rounds_go_on_until_the_budget_is_used():
     assert len(interleave({"a": lambda: sum(range(1000))}, seconds=0.02, min_rounds=1)["a"].samples) > 5
 

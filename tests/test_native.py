@@ -61,3 +61,11 @@ print("ok")
 """
     result = run(code)
     assert result.stdout.strip() == "ok", result.stderr
+
+
+def test_fingerprint_names_the_binary(needs_native, monkeypatch):
+    assert len(native.fingerprint()) == 16
+    native.fingerprint.cache_clear()
+    monkeypatch.setattr(native, "_C", None)
+    assert native.fingerprint() is None
+    native.fingerprint.cache_clear()
