@@ -410,7 +410,7 @@ def test_bench_explains_layers(sparse, monkeypatch):
 
     setup = Setup(1, 4, 4, 1 << 20)
     law = SparseLaw(setup, Steps(8, 16, 32, 0), (1e-5,) * 8, (1e-5,) * 10)
-    laws = {True: law, False: DenseLaw(setup, (1, 2), ((1e-5,) * 3,) * 2)}
+    laws = {True: law, False: DenseLaw(setup, (1, 2), ((1e-5,) * 4,) * 2)}
     asked = []
 
     def known(kinds, *_):

@@ -19,7 +19,7 @@ STEPS = Steps(few=8, narrow=16, tile=32, serial=1 << 16)
 FEW = (9e-6, 0.0, 1.2e-9, 8e-11, 3e-11, 4e-9, 1e-10, 5e-12)
 MANY = (8e-6, 0.0, 4e-10, 2e-10, 2e-11, 3e-11, 3e-9, 2e-10, 3e-12, 2e-11)
 LAW = SparseLaw(SETUP, STEPS, FEW, MANY)
-LINES = ((1e-6, 2e-10, 1e-11), (2e-6, 4e-10, 0.0), (9e-6, 3e-9, 0.0))
+LINES = ((1e-6, 2e-10, 1e-11, 2e-11), (2e-6, 4e-10, 0.0, 1e-11), (9e-6, 3e-9, 0.0, 0.0))
 DENSE = DenseLaw(SETUP, (1, 16, 128), LINES)
 SPARSE_KIND, DENSE_KIND = Kind("float32", (8, 1)), Kind("float32")
 SHAPES = [(256, 320), (512, 512), (384, 1280), (1280, 512), (1024, 2048), (1920, 640), (1280, 2560)]
@@ -261,7 +261,7 @@ def damaged(data, change):
         lambda d: d["kinds"]["float32 dense"]["law"].update(tokens=[16, 1, 128]),
         lambda d: d["kinds"]["float32 dense"]["law"].update(tokens=["1", "16", "128"]),
         lambda d: d["kinds"]["float32 dense"]["law"]["lines"].pop(),
-        lambda d: d["kinds"]["float32 dense"]["law"]["lines"].__setitem__(0, [-1.0] * 3),
+        lambda d: d["kinds"]["float32 dense"]["law"]["lines"].__setitem__(0, [-1.0] * 4),
         lambda d: d["kinds"]["float32 8x1"]["law"].update(few=[float("inf")] * 8),
         lambda d: d["kinds"]["float32 8x1"]["law"].update(many=[1.0]),
         lambda d: d["kinds"]["float32 8x1"]["law"].update(surprise=1),

@@ -16,6 +16,8 @@ import numpy as np
 PAGE = 4096
 """Bytes; rows of x that are a multiple of this apart fall into the same few lines of the first cache."""
 
+FAR = 4
+"""Weights of so many times a core's cache come from farther away: its share of the next cache, or memory."""
 CLEARLY_LESS = 0.9
 """Share of the error that another way of taking the tokens must come down to, to be believed over a likelier one."""
 REWEIGHTINGS = 6
@@ -42,9 +44,9 @@ class Setup:
     weight_bytes: int
     cache_bytes: int
 
-    def beyond_cache(self, work: Work) -> float:
-        """Bytes of a thread's weights that its own cache cannot hold."""
-        return max(0.0, work.stored * self.weight_bytes / self.threads - self.cache_bytes)
+    def beyond_cache(self, work: Work, caches: int = 1) -> float:
+        """Bytes of a thread's weights that `caches` times its own cache cannot hold."""
+        return max(0.0, work.stored * self.weight_bytes / self.threads - caches * self.cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class DenseLaw:
     tokens: tuple[int, ...]
     lines: tuple[tuple[float, ...], ...]
 
-    PARTS = ("overhead", "multiply", "memory")
+    PARTS = ("overhead", "multiply", "memory", "memory")
 
     @classmethod
     def fit(cls, setup: Setup, works: Sequence[Work], seconds: Sequence[float]) -> DenseLaw:
@@ -184,7 +186,7 @@ class DenseLaw:
         if share > 1 and step.sum() < 0:
             step = np.zeros_like(step)
         values = rows[low] + share * step if share <= 1 else rows[low + 1] + (share - 1) * step
-        return dict(zip(self.PARTS, values.tolist(), strict=True))
+        return _sum_parts(self.PARTS, values.tolist(), (1.0,) * len(self.PARTS))
 
     def predict(self, work: Work) -> float:
         """Seconds."""
@@ -275,7 +277,7 @@ def _sparse_features(work: Work, setup: Setup, steps: Steps) -> list[float]:
 
 
 def _dense_features(work: Work, setup: Setup) -> list[float]:
-    return [1.0, work.rows * work.columns, setup.beyond_cache(work)]
+    return [1.0, work.rows * work.columns, setup.beyond_cache(work), setup.beyond_cache(work, FAR)]
 
 
 def _sum_parts(names: Sequence[str], features: Sequence[float], coefficients: Sequence[float]) -> dict[str, float]:
