@@ -8,7 +8,6 @@ import typer
 
 from .. import native
 from ..measure import machine_line
-from ..plan import block_name
 from .console import note, print_json, print_table, say
 from .options import Threads
 
@@ -111,13 +110,11 @@ def _explain(model: nn.Module, settings: list[Setting], threads: int | None, sec
 def explained_cells(explanation: Explanation) -> list[list[str]]:
     """One row per layer and number of tokens, with the share of the predicted sparse time that each part takes."""
     parts = list(explanation.layers[0].parts)
-    header = ["layer", "shape", "block", "density", "tokens", "sparse us", "measured", "error"]
+    header = ["layers", "density", "tokens", "sparse us", "measured", "error"]
     cells = [[*header, "dense us", "measured", "error", *parts]]
     for layer in explanation.layers:
-        name = layer.names[0] + (f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else "")
-        cell = [name, f"{layer.work.rows}x{layer.work.columns}"]
-        block = block_name(layer.kind.block) if layer.kind.block else "dense"
-        cell += [f"{layer.kind.dtype} {block}", f"{layer.density:.1%}", str(layer.work.tokens)]
+        cell = [f"{len(layer.names)} of {layer.work.rows}x{layer.work.columns}, {layer.kind}"]
+        cell += [f"{layer.density:.1%}", str(layer.work.tokens)]
         cell += [
             f"{1e6 * layer.predicted_sparse:.1f}",
             f"{1e6 * layer.measured_sparse:.1f}",
