@@ -223,6 +223,20 @@ def test_a_calibration_need_not_be_kept(calibrations, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_calibration_on_a_busy_machine_is_not_kept(monkeypatch, tmp_path):
+    asked = []
+
+    def busy(kinds, threads, seconds):
+        asked.append(kinds)
+        return {kind: fitted(error=2.0)[kind] for kind in kinds}
+
+    monkeypatch.setattr(cache, "calibrate", busy)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"float32 dense are 200% off \(p90\), so they are not kept"):
+            assert calibrated([DENSE_KIND], 1, tmp_path).fitted.keys() == {DENSE_KIND}
+    assert len(asked) == 2
+
+
 def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.default_directory() == tmp_path / "sparsenlp"

@@ -19,6 +19,9 @@ from .model import CostModel, Fitted, Kind
 FORMAT = 1
 """Of the file and of the laws in it: raise it when their features change."""
 
+WORTH_KEEPING = 0.5
+"""A calibration with a larger error (p90) was made while the machine was busy: it is used once, and not kept."""
+
 
 def calibrated(
     kinds: Iterable[Kind],
@@ -34,8 +37,8 @@ def calibrated(
     keep       False: neither read nor write the cache
     seconds    of calibration for each kind that is missing
 
-    A cache that cannot be read, is damaged or belongs to another machine is replaced, one that cannot be written
-    is done without; a warning says so.
+    A calibration on a busy machine, whose error shows it, is not kept. A cache that cannot be read, is damaged or
+    belongs to another machine is replaced, one that cannot be written is done without. A warning says so.
     """
     wanted = set(kinds)
     with use_threads(threads) as count:
@@ -46,7 +49,7 @@ def calibrated(
         if missing:
             known |= calibrate(missing, count, seconds)
             if keep:
-                _write(path, key, known)
+                _write(path, key, {kind: entry for kind, entry in known.items() if _is_good(kind, entry)})
     return CostModel(count, {kind: known[kind] for kind in sorted(wanted, key=str)})
 
 
@@ -82,6 +85,18 @@ def _read(path: Path, key: dict[str, Any]) -> dict[Kind, Fitted]:
     except (OSError, ValueError) as error:  # ValueError: not JSON, not text, or a field that is wrong
         warnings.warn(f"cost cache: {path} is not used, calibrating again: {error}", stacklevel=3)
         return {}
+
+
+def _is_good(kind: Kind, entry: Fitted) -> bool:
+    """Whether it may be kept; a warning if not."""
+    if entry.p90_error <= WORTH_KEEPING:
+        return True
+    warnings.warn(
+        f"cost model: predictions for {kind} are {entry.p90_error:.0%} off (p90), so they are not kept; "
+        "is the machine busy?",
+        stacklevel=4,
+    )
+    return False
 
 
 def _kinds(entries: dict[str, Any]) -> list[tuple[Kind, Any]]:
