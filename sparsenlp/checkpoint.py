@@ -4,12 +4,14 @@ Format version 1. config.json holds, under `quantization_config`, quant_method "
 format_version, and `modules`: for every sparse linear layer
 
     block [n, k], shape [N, K], nnz_blocks, bias (bool), activation, dtype, crc32
+    for int8 weights also int8 (true) and input_scale (number or null)
 
 and model.safetensors holds for each of them
 
-    <name>.values        (nnz_blocks, n, k)  dtype   canonical BSR: each block row-major
+    <name>.values        (nnz_blocks, n, k)  dtype, or int8   canonical BSR: each block row-major
     <name>.crow_indices  (N / n + 1,)        int32
     <name>.col_indices   (nnz_blocks,)       int16 where K / k <= 32768, else int32
+    <name>.scales        (N,)                float32  where `int8` is true
     <name>.bias          (N,)                dtype   where `bias` is true
 
 `crc32` runs over the bytes of these tensors in this order. All other tensors are stored as they are.
@@ -18,6 +20,7 @@ and model.safetensors holds for each of them
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -47,6 +50,7 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+INT8_FIELDS = ("int8", "input_scale")
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -65,6 +69,8 @@ class LayerEntry:
     activation: str
     dtype: str
     crc32: int
+    int8: bool = False
+    input_scale: float | None = None
 
     @property
     def column_dtype(self) -> torch.dtype:
@@ -73,7 +79,8 @@ class LayerEntry:
 
     def tensor_names(self, name: str) -> list[str]:
         """In the order of crc32."""
-        parts = ["values", "crow_indices", "col_indices"] + (["bias"] if self.bias else [])
+        parts = ["values", "crow_indices", "col_indices"]
+        parts += ["scales"] * self.int8 + ["bias"] * self.bias
         return [f"{name}.{part}" for part in parts]
 
 
@@ -160,7 +167,8 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
         entry = _describe(layer)
         state[f"{name}.col_indices"] = state[f"{name}.col_indices"].to(entry.column_dtype)
         crc32 = _crc32(state[tensor_name] for tensor_name in entry.tensor_names(name))
-        entries[name] = {**asdict(entry), "block": list(entry.block), "shape": list(entry.shape), "crc32": crc32}
+        written = {key: value for key, value in asdict(entry).items() if entry.int8 or key not in INT8_FIELDS}
+        entries[name] = {**written, "block": list(entry.block), "shape": list(entry.shape), "crc32": crc32}
     return state, {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
 
 
@@ -240,8 +248,12 @@ def linear_for(model: nn.Module, name: str, entry: LayerEntry, where: str) -> nn
 
 def _describe(layer: SparseLinear) -> LayerEntry:
     weight = layer.weight
-    dtype = str(weight.values.dtype).removeprefix("torch.")
-    return LayerEntry(weight.block, weight.shape, weight.nnz_blocks, layer.bias is not None, layer.activation, dtype, 0)
+    int8 = weight.scales is not None
+    own = layer.bias if int8 else weight.values
+    dtype = "float32" if own is None else str(own.dtype).removeprefix("torch.")
+    has_bias = layer.bias is not None
+    described = (weight.block, weight.shape, weight.nnz_blocks, has_bias, layer.activation, dtype)
+    return LayerEntry(*described, crc32=0, int8=int8, input_scale=layer.input_scale)
 
 
 def _crc32(tensors: Iterable[Tensor]) -> int:
@@ -254,7 +266,9 @@ def _crc32(tensors: Iterable[Tensor]) -> int:
 def _parse_entry(name: Any, entry: Any, where: str) -> LayerEntry:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise CheckpointError(f"{where}: expected a module name like encoder.0.fc1, got {name!r}")
-    names = {field.name for field in fields(LayerEntry)}
+    names = {field.name for field in fields(LayerEntry)} - set(INT8_FIELDS)
+    if isinstance(entry, Mapping) and "int8" in entry:
+        names |= set(INT8_FIELDS)
     if not isinstance(entry, Mapping) or entry.keys() != names:
         raise CheckpointError(f"{where}: {name}: expected the fields {sorted(names)}, got {entry!r:.200}")
     checks = {
@@ -266,10 +280,16 @@ def _parse_entry(name: Any, entry: Any, where: str) -> LayerEntry:
         "dtype": isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES,
         "crc32": _is_count(entry["crc32"]),
     }
+    if "int8" in entry:
+        checks |= {"int8": entry["int8"] is True, "input_scale": _is_input_scale(entry["input_scale"])}
     for field, valid in checks.items():
         if not valid:
             raise CheckpointError(f"{where}: {name}: expected a valid {field}, got {entry[field]!r:.200}")
     return LayerEntry(**{**entry, "block": tuple(entry["block"]), "shape": tuple(entry["shape"])})
+
+
+def _is_input_scale(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
 
 
 def _is_count(value: Any) -> bool:
@@ -284,9 +304,10 @@ def _read_layer(name: str, entry: LayerEntry, files: TensorFiles) -> BlockSparse
     """One checked weight, its columns widened to int32."""
     n, k = entry.block
     wanted = {
-        "values": ((entry.nnz_blocks, n, k), DTYPES[entry.dtype]),
+        "values": ((entry.nnz_blocks, n, k), torch.int8 if entry.int8 else DTYPES[entry.dtype]),
         "crow_indices": ((entry.shape[0] // n + 1,), INDEX_DTYPE),
         "col_indices": ((entry.nnz_blocks,), entry.column_dtype),
+        "scales": ((entry.shape[0],), torch.float32),
         "bias": ((entry.shape[0],), DTYPES[entry.dtype]),
     }
     tensors = {full.rpartition(".")[2]: files.read(full) for full in entry.tensor_names(name)}
@@ -294,9 +315,8 @@ def _read_layer(name: str, entry: LayerEntry, files: TensorFiles) -> BlockSparse
         got = (tuple(tensor.shape), tensor.dtype)
         if got != wanted[part]:
             raise CheckpointError(f"{files.where}: {name}: expected {part} of {wanted[part]}, got {got}")
-    weight = BlockSparse(
-        tensors["crow_indices"], tensors["col_indices"].to(INDEX_DTYPE), tensors["values"], entry.shape
-    )
+    columns = tensors["col_indices"].to(INDEX_DTYPE)
+    weight = BlockSparse(tensors["crow_indices"], columns, tensors["values"], entry.shape, tensors.get("scales"))
     try:
         weight.validate()
     except (TypeError, ValueError) as error:
@@ -326,7 +346,9 @@ def _fill(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry]) -> nn
     replacements: dict[nn.Module, nn.Module] = {}
     for name, linear in linears.items():
         layer = SparseLinear.from_weight(weights[name], biases.get(name), entries[name].activation)
-        replacements[linear] = layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
+        layer.input_scale = entries[name].input_scale
+        layer.requires_grad_(linear.weight.requires_grad and not entries[name].int8)
+        replacements[linear] = layer.train(linear.training)
     replace_modules(model, replacements)
     with torch.no_grad():
         for name, value in values.items():

@@ -107,6 +107,62 @@ def test_round_trip_in_a_fresh_process(saved, model, x, tmp_path):
     subprocess.run([sys.executable, "-c", script, *arguments], check=True)
 
 
+@pytest.fixture
+def int8_model():
+    torch.manual_seed(0)
+    model = Mlp()
+    model.first = SparseLinear.from_dense(model.first, (8, 4)).quantize()
+    model.second = SparseLinear.from_dense(model.second, (8, 4)).quantize(input_scale=0.05)
+    return model
+
+
+@pytest.fixture
+def int8_saved(int8_model, tmp_path):
+    return save_pretrained(int8_model, tmp_path / "int8")
+
+
+def test_round_trip_of_int8(int8_model, int8_saved, x):
+    loaded = from_pretrained(int8_saved, Mlp())
+    assert loaded.first.values.dtype == torch.int8
+    assert (loaded.first.input_scale, loaded.second.input_scale) == (None, 0.05)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), int8_model(x))
+
+
+INT8_FAULTS = {
+    "not int8": (lambda c: c["modules"]["first"].update(int8=False), "first: expected a valid int8"),
+    "scale of zero": (lambda c: c["modules"]["second"].update(input_scale=0.0), "second: expected a valid input_scale"),
+    "scale as text": (lambda c: c["modules"]["second"].update(input_scale="1"), "second: expected a valid input_scale"),
+    "half a description": (lambda c: c["modules"]["first"].pop("input_scale"), "first: expected the fields"),
+}
+
+
+@pytest.mark.parametrize("fault", INT8_FAULTS)
+def test_tampered_config_of_int8(int8_saved, fault):
+    change, message = INT8_FAULTS[fault]
+    rewrite_config(int8_saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(int8_saved, Mlp())
+
+
+INT8_TENSOR_FAULTS = {
+    "zero scale": (lambda t: t["first.scales"].__setitem__(0, 0.0), "first: .*expected finite scales above 0"),
+    "nan scale": (lambda t: t["first.scales"].__setitem__(0, torch.nan), "first: .*expected finite scales above 0"),
+    "value of -128": (lambda t: t["first.values"].__setitem__((0, 0, 0), -128), r"first: .*in \[-127, 127\]"),
+    "float values": (lambda t: t.update({"first.values": t["first.values"].float()}), "first: expected values of"),
+    "scales missing": (lambda t: t.pop("first.scales"), "expected a tensor first.scales, got none"),
+    "other scale": (lambda t: t["first.scales"].mul_(2), "first: expected crc32"),
+}
+
+
+@pytest.mark.parametrize("fault", INT8_TENSOR_FAULTS)
+def test_tampered_tensors_of_int8(int8_saved, fault):
+    change, message = INT8_TENSOR_FAULTS[fault]
+    rewrite_tensors(int8_saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(int8_saved, Mlp())
+
+
 def test_disk_holds_canonical_bsr(model, saved):
     with safe_open(saved / "model.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("first.values"), model.first.values)

@@ -138,6 +138,14 @@ class SparseLinear(nn.Module):
             self.input_scale,
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
+        """As for any module, but scales stay float32 when the model changes dtype."""
+        before = self.scales
+        super()._apply(fn, recurse)
+        if before is not None and self.scales is not None and self.scales.dtype != before.dtype:
+            self.scales = self.scales.float() if before.is_meta else before.to(self.scales.device)
+        return self
+
     def extra_repr(self) -> str:
         n, k = self.block
         text = f"{self.in_features}, {self.out_features}, block={n}x{k}, sparsity={self.weight.sparsity:.3f}"

@@ -50,9 +50,13 @@ class SparseNlpConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class SparseNlpQuantizer(HfQuantizer):
-    """Puts SparseLinear skeletons in before transformers loads the tensors, and packs them afterwards."""
+    """Puts SparseLinear skeletons in before transformers loads the tensors, and mends their dtypes afterwards."""
 
     quantization_config: SparseNlpConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._scales: dict[nn.Module, Tensor] = {}
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -62,7 +66,7 @@ class SparseNlpQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError(f"{METHOD}: expected checkpoint files to check, got a state dict")
         where = ", ".join(checkpoint_files)
-        read_layers(checkpoint_files, entries)
+        weights = read_layers(checkpoint_files, entries)
         local = {name: _local_name(model, name) for name in entries}
         if entries and not any(local.values()):
             raise CheckpointError(f"{where}: expected layers of {type(model).__name__}, got {next(iter(entries))}")
@@ -71,16 +75,21 @@ class SparseNlpQuantizer(HfQuantizer):
             if (target := local[name]) is None:  # belongs to a head that this class does not have
                 continue
             linear = linear_for(model, target, entry, where)
-            replacements[linear] = SparseLinear(
+            layer = SparseLinear(
                 linear.in_features,
                 linear.out_features,
                 entry.block,
                 entry.nnz_blocks,
                 entry.bias,
                 entry.activation,
+                entry.int8,
                 device="meta",
                 dtype=linear.weight.dtype,
             )
+            layer.input_scale = entry.input_scale
+            if (scales := weights[name].scales) is not None:
+                self._scales[layer] = scales
+            replacements[linear] = layer
         replace_modules(model, replacements)
         return model
 
@@ -88,6 +97,8 @@ class SparseNlpQuantizer(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, SparseLinear):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
+            if layer in self._scales:  # transformers casts them to the model's dtype
+                layer.scales = self._scales.pop(layer).to(layer.values.device)
         model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
         return model
 

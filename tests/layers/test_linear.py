@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparsenlp import BlockSparse, SparseLinear, native
+from sparsenlp.ops import bsr_linear
 
 
 def pruned_linear(rows=32, columns=24, block=(8, 1), bias=True) -> nn.Linear:
@@ -134,3 +135,45 @@ def test_repr_says_what_it_is():
     text = repr(SparseLinear.from_dense(pruned_linear(bias=False), (8, 1), activation="relu"))
     assert "24, 32, block=8x1, sparsity=" in text
     assert "bias=False, activation=relu" in text
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.03])
+def test_quantized_layer(input_scale):
+    dense = pruned_linear(block=(8, 4))
+    layer = SparseLinear.from_dense(dense, (8, 4), activation="relu").eval().quantize(input_scale)
+    assert layer.values.dtype == torch.int8
+    assert not layer.values.requires_grad
+    assert not layer.training
+    assert layer.bias is dense.bias
+    assert "int8" in repr(layer)
+    x = torch.randn(5, dense.in_features)
+    with torch.no_grad():
+        assert torch.equal(layer(x), bsr_linear(x, layer.weight, dense.bias, "relu", input_scale=input_scale))
+        torch.testing.assert_close(layer(x), dense(x).relu(), rtol=0.1, atol=0.1)
+        again = SparseLinear(dense.in_features, dense.out_features, (8, 4), layer.weight.nnz_blocks, quantized=True)
+        again.load_state_dict(layer.state_dict())
+        assert torch.equal(again.weight.to_dense(), layer.weight.to_dense())
+
+
+def test_quantized_layer_keeps_its_scales_when_the_model_changes_dtype():
+    layer = SparseLinear.from_dense(pruned_linear(block=(8, 4)), (8, 4)).quantize()
+    scales, x = layer.scales.clone(), torch.randn(5, layer.in_features)
+    expected = layer(x)
+    layer = copy.deepcopy(layer).to(torch.bfloat16)
+    assert torch.equal(layer.scales, scales)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_quantize_refuses_a_useless_input_scale():
+    layer = SparseLinear.from_dense(pruned_linear(block=(8, 4)), (8, 4))
+    with pytest.raises(ValueError, match="expected a positive, finite input_scale"):
+        layer.quantize(input_scale=-1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_adds_a_residual(dtype):
+    dense = pruned_linear(block=(8, 2)).to(dtype)
+    layer = SparseLinear.from_dense(dense, (8, 2))
+    x, residual = torch.randn(5, dense.in_features).to(dtype), torch.randn(5, dense.out_features).to(dtype)
+    torch.testing.assert_close(layer(x, residual), dense(x) + residual, rtol=2e-2, atol=2e-2)

@@ -295,3 +295,17 @@ def test_all_files_have_the_usual_mode(tmp_path):
     save_pretrained(transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)), tmp_path / "dense")
     modes = {path.stat().st_mode for path in (tmp_path / "dense").iterdir()}
     assert modes == {(tmp_path / "usual").stat().st_mode}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_of_int8(bert, tmp_path, dtype):
+    model = copy.deepcopy(bert)
+    for layer in model.bert.encoder.layer:
+        for part in (layer.intermediate, layer.output):
+            part.dense = part.dense.quantize()
+    loaded = auto(save_pretrained(model, tmp_path / "int8"), dtype=dtype)
+    dense = loaded.bert.encoder.layer[0].intermediate.dense
+    assert (dense.values.dtype, dense.scales.dtype, dense.bias.dtype) == (torch.int8, torch.float32, dtype)
+    model.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
