@@ -97,8 +97,8 @@ class SparseNlpQuantizer(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, SparseLinear):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
-            if layer in self._scales:  # transformers casts them to the model's dtype
-                layer.scales = self._scales.pop(layer).to(layer.col_indices.device)
+                if layer in self._scales:  # transformers casts them to the model's dtype
+                    layer.scales = self._scales.pop(layer).to(layer.values.device)
         model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
         return model
 
