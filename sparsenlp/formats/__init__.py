@@ -1,5 +1,6 @@
 """What a sparse weight is. Plain data: no compute, no modules."""
 
 from .block import BlockSparse
+from .nm import NM
 
-__all__ = ["BlockSparse"]
+__all__ = ["NM", "BlockSparse"]
