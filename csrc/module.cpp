@@ -32,6 +32,8 @@ static PyObject* kernels(PyObject*, PyObject*) {
   } list[] = {
 #define FORWARD(isa, dtype, suffix) {isa, "bsr_linear." #dtype},
 #include "cpu/bsr_linear/bsr_linear.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "nm_linear." #dtype},
+#include "cpu/nm_linear/nm_linear.inc"
   };
   PyObject* all = PyDict_New();
   for (auto& kernel : list) {

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsenlp.formats import BlockSparse
+from sparsenlp.formats import NM, BlockSparse
 from sparsenlp.reference import bsr_linear as reference
+from sparsenlp.reference import nm_linear as nm_reference
 
 # Largest accepted error per (op, dtype), as for torch.testing.assert_close. Inputs are scaled so that
 # outputs are about 1; never loosened to make a kernel pass.
@@ -20,6 +21,12 @@ TOLERANCES = {
     ("bsr_linear", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
     ("bsr_linear_wgrad", torch.float32): {"rtol": 2e-6, "atol": 1e-5},
     ("bsr_linear_wgrad", torch.bfloat16): {"rtol": 1.6e-2, "atol": 5e-2},
+    ("nm_linear", torch.float32): {"rtol": 2e-6, "atol": 4e-6},
+    ("nm_linear", torch.bfloat16): {"rtol": 1.6e-2, "atol": 1e-2},
+    ("nm_linear", torch.float16): {"rtol": 2e-3, "atol": 2e-3},
+    ("nm_linear", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
+    ("nm_linear_wgrad", torch.float32): {"rtol": 2e-6, "atol": 1e-5},
+    ("nm_linear_wgrad", torch.bfloat16): {"rtol": 1.6e-2, "atol": 5e-2},
 }
 
 
@@ -147,6 +154,99 @@ BSR_LINEAR = [
     *(
         BsrLinearCase((tokens,), 32, 24, (8, 1), dtype=dtype)
         for dtype in (torch.float16, torch.float64)
+        for tokens in (1, 20)
+    ),
+]
+
+
+@dataclass(frozen=True)
+class NMLinearCase:
+    """x (*tokens, K) times an N x K weight that keeps n of every m inputs."""
+
+    tokens: tuple[int, ...]
+    rows: int
+    columns: int
+    pattern: tuple[int, int] = (2, 4)
+    activation: str = "none"
+    bias: bool = True
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __str__(self) -> str:
+        tokens = "x".join(map(str, self.tokens)) or "vector"
+        parts = [tokens, f"{self.rows}x{self.columns}", "of".join(map(str, self.pattern))]
+        parts += [self.activation] * (self.activation != "none") + ["nobias"] * (not self.bias)
+        parts += ["residual"] * self.residual + [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
+        return "-".join(parts)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        return TOLERANCES["nm_linear", self.dtype]
+
+    def weight(self) -> NM:
+        """Random places and values, scaled so that a row's dot product has about unit variance."""
+        n, m = self.pattern
+        generator = torch.Generator().manual_seed(self.seed)
+        groups = torch.randn(self.rows, self.columns // m, m, generator=generator)
+        kept = torch.rand(groups.shape, generator=generator).argsort(dim=2) < n
+        dense = (groups * kept).flatten(1) / math.sqrt(max(self.columns * n / m, 1))
+        return NM.from_dense(dense.to(self.dtype), self.pattern)
+
+    def x(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return torch.randn(*self.tokens, self.columns, generator=generator).to(self.dtype)
+
+    def bias_vector(self) -> Tensor | None:
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        return torch.randn(self.rows, generator=generator).to(self.dtype) if self.bias else None
+
+    def residual_tensor(self) -> Tensor | None:
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        return torch.randn(*self.tokens, self.rows, generator=generator).to(self.dtype) if self.residual else None
+
+    def expected(self) -> Tensor:
+        """What the float64 reference gives for the same rounded inputs."""
+        weight, bias, residual = self.weight(), self.bias_vector(), self.residual_tensor()
+        bias, residual = (t.double() if t is not None else None for t in (bias, residual))
+        tensors = (weight.values.double(), weight.indices, weight.pattern)
+        return nm_reference.nm_linear(self.x().double(), *tensors, bias, self.activation, residual)
+
+
+PATTERNS = [(2, 4), (1, 4), (4, 8)]
+
+NM_LINEAR = [
+    *(
+        NMLinearCase((tokens,), 37, columns, pattern, dtype=dtype, residual=tokens == 7)
+        for pattern, columns in (((2, 4), 204), ((1, 4), 204), ((4, 8), 200))
+        for dtype in (torch.float32, torch.bfloat16)
+        for tokens in (1, 2, 4, 7, 8, 16, 17, 33, 65, 130)
+    ),
+    *(
+        NMLinearCase((tokens,), rows, columns, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for rows, columns in ((1, 4), (16, 128), (600, 36), (5, 1000))
+        for tokens in (1, 40)
+    ),
+    *(
+        NMLinearCase((tokens,), 40, 48, activation=activation, residual=True, dtype=dtype)
+        for activation in ("none", "relu", "gelu", "gelu_tanh")
+        for dtype in (torch.float32, torch.bfloat16)
+        for tokens in (1, 40)
+    ),
+    NMLinearCase((2, 3, 7), 32, 24, bias=False),
+    NMLinearCase((), 32, 24),
+    NMLinearCase((0,), 32, 24),
+    NMLinearCase((3, 0), 32, 24),
+    NMLinearCase((5,), 0, 24),
+    *(
+        NMLinearCase((tokens,), 32, 24, pattern, dtype=dtype)
+        for dtype in (torch.float16, torch.float64)
+        for pattern in PATTERNS
         for tokens in (1, 20)
     ),
 ]

@@ -253,7 +253,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
         raise RuntimeError("bsr_linear: expected no gradients with int8 weights")
     if ctx.activation != "none":
         before = _op(x, crow, col, values, bias, "none", residual)
-        grad = _ACTIVATION_BACKWARD[ctx.activation](grad, before)
+        grad = ACTIVATION_BACKWARD[ctx.activation](grad, before)
     grad_x = grad_values = grad_bias = None
     grad_rows = grad.reshape(-1, grad.shape[-1]).contiguous()
     if ctx.needs_input_grad[0]:
@@ -266,7 +266,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_x, None, None, grad_values, grad_bias, None, grad if residual is not None else None, None, None
 
 
-_ACTIVATION_BACKWARD = {
+ACTIVATION_BACKWARD = {
     "relu": lambda grad, before: grad * (before > 0),
     "gelu": lambda grad, before: torch.ops.aten.gelu_backward(grad, before, approximate="none"),
     "gelu_tanh": lambda grad, before: torch.ops.aten.gelu_backward(grad, before, approximate="tanh"),

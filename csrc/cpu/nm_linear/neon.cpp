@@ -1,0 +1,4 @@
+#include "kernels.h"
+
+SNLP_FORWARD(f32_neon, forward<F32>)
+SNLP_FORWARD(bf16_neon, forward<Bf16Wide>)

@@ -1,0 +1,184 @@
+"""Linear layer with an N:M sparse weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..formats import NM
+from ..formats.nm import pack_indices
+from ..reference import nm_linear as reference
+from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, BACKENDS, NATIVE_DTYPES
+
+NATIVE_PATTERNS = ((2, 4), (1, 4), (4, 8))
+
+
+def nm_linear(
+    x: Tensor,
+    weight: NM,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = act(x Wᵀ + b + residual) for a W that stores n of every m neighbouring inputs.
+
+    x            (..., K)    any floating dtype
+    weight       N x K       values of the dtype of x
+    bias         (N,)        dtype of x
+    activation   "none", "relu", "gelu" (exact, by erf) or "gelu_tanh"
+    residual     (..., N)    dtype of x
+    backend      None chooses: "native" for float32 and bfloat16 x on a CPU, with a pattern of 2:4, 1:4 or 4:8,
+                 where the extension is built, else "reference". A named backend runs or raises RuntimeError.
+    returns      (..., N)    dtype of x; sums are kept in float32
+
+    Kernels read the values as they are, and the indices packed to 2 bits (4 bits for m = 8). This function
+    packs them on every call; `NMLinear` packs them once. Values are never copied, so that an optimizer
+    may change them in place at any time.
+
+    Under autocast x is cast to the weight's dtype, and the result has that dtype.
+    Indices are trusted here: they were checked when the weight was built or loaded.
+    Differentiable in x, the values, the bias and the residual; the gradients take dense matrix products.
+
+    Raises TypeError if dtypes differ, ValueError if shapes or devices disagree or the activation is unknown.
+    Source: 2:4 after Mishra et al. 2021, arXiv:2104.08378.
+    """
+    if bias is not None:
+        if bias.dtype != weight.values.dtype:
+            raise TypeError(f"nm_linear: expected bias of dtype {weight.values.dtype}, got {bias.dtype}")
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"nm_linear: expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"nm_linear: expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
+    packed = pack(weight.indices, weight.pattern)
+    tensors = (weight.values, weight.indices, packed, weight.pattern)
+    return call(x, *tensors, weight.shape[1], bias, activation, residual, backend)
+
+
+def pack(indices: Tensor, pattern: tuple[int, int]) -> Tensor | None:
+    """`indices` as the native kernels read them; None where none does."""
+    return pack_indices(indices, pattern) if tuple(pattern) in NATIVE_PATTERNS else None
+
+
+def call(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    packed: Tensor | None,
+    pattern: tuple[int, int],
+    columns: int,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """nm_linear on bare tensors, for layers: it checks x, and trusts what the layer checked when it was made."""
+    if x.dtype != values.dtype:
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"nm_linear: expected x of dtype {values.dtype}, got {x.dtype}")
+        x = x.to(values.dtype)
+        residual = residual.to(values.dtype) if residual is not None else None
+    if not x.dim() or x.shape[-1] != columns:
+        raise ValueError(f"nm_linear: expected K = {columns} columns in x, got shape {tuple(x.shape)}")
+    if x.device != values.device:
+        raise ValueError(f"nm_linear: expected x on {values.device}, got {x.device}")
+    if residual is not None:
+        _check_residual(residual, x, values.shape[0])
+    if _choose(x, packed, backend) == "reference":
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return reference.nm_linear(x, values, indices, pattern, bias, activation, residual)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _op(x, values, indices, packed, pattern, bias, activation, residual)
+    with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
+        return _op(x, values, indices, packed, pattern, bias, activation, residual)
+
+
+def _check_residual(residual: Tensor, x: Tensor, rows: int) -> None:
+    shape = (*x.shape[:-1], rows)
+    if residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"nm_linear: expected residual of shape {tuple(shape)} and dtype {x.dtype} on {x.device}, "
+            f"got {tuple(residual.shape)} and {residual.dtype} on {residual.device}"
+        )
+
+
+def _choose(x: Tensor, packed: Tensor | None, backend: str | None) -> str:
+    """The backend that will run, or RuntimeError if the one asked for cannot."""
+    runs = x.dtype in NATIVE_DTYPES and x.is_cpu and packed is not None
+    if backend is None:
+        return "native" if native.available and runs else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"nm_linear: expected a backend among {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "native":
+        if not native.available:
+            raise RuntimeError(f"nm_linear: backend 'native' cannot run: {native.why_unavailable}")
+        if packed is None:
+            patterns = ", ".join(f"{n}:{m}" for n, m in NATIVE_PATTERNS)
+            raise RuntimeError(f"nm_linear: backend 'native' cannot run: expected a pattern among {patterns}")
+        if not runs:
+            raise RuntimeError(
+                f"nm_linear: backend 'native' cannot run: expected float32 or bfloat16 on cpu, "
+                f"got {x.dtype} on {x.device}"
+            )
+    return backend
+
+
+# The torch.library op. It exists without the extension too (then it runs the reference), so that exported
+# programs load everywhere.
+torch.library.define(
+    "sparsenlp::nm_linear",
+    "(Tensor x, Tensor values, Tensor indices, Tensor packed, int[] pattern, Tensor? bias, str activation, "
+    "Tensor? residual=None) -> Tensor",
+)
+_op = torch.ops.sparsenlp.nm_linear.default
+
+
+def _reference(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    packed: Tensor,
+    pattern: list[int],
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    n, m = pattern
+    return reference.nm_linear(x, values, indices, (n, m), bias, activation, residual)
+
+
+if not native.available:
+    torch.library.impl("sparsenlp::nm_linear", "cpu", _reference)
+
+
+@torch.library.register_fake("sparsenlp::nm_linear")
+def _fake(x: Tensor, values: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, values, indices, packed, ctx.pattern, bias, ctx.activation, residual = inputs
+    ctx.save_for_backward(x, values, indices, packed, bias, residual)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    x, values, indices, packed, bias, residual = ctx.saved_tensors
+    if ctx.activation != "none":
+        before = _op(x, values, indices, packed, ctx.pattern, bias, "none", residual)
+        grad = ACTIVATION_BACKWARD[ctx.activation](grad, before)
+    grad_x = grad_values = grad_bias = None
+    grad_rows = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[0]:
+        grad_x = reference.nm_linear_dgrad(grad_rows, values, indices, ctx.pattern, x.shape[-1]).reshape(x.shape)
+    if ctx.needs_input_grad[1]:
+        x_rows = x.reshape(-1, x.shape[-1])
+        grad_values = reference.nm_linear_wgrad(grad_rows, x_rows, indices, ctx.pattern)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad_rows.sum(0)
+    return grad_x, grad_values, None, None, None, grad_bias, None, grad if residual is not None else None
+
+
+torch.library.register_autograd("sparsenlp::nm_linear", _backward, setup_context=_setup_context)
