@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .convert import SparsifyConfig, sparsify_
 from .formats import BlockSparse
-from .layers import SparseLinear
+from .layers import NMLinear, SparseLinear
 from .models import connect_transformers
 from .plan import Plan
 from .version import __version__
@@ -13,6 +13,7 @@ connect_transformers()
 __all__ = [
     "BlockSparse",
     "CheckpointError",
+    "NMLinear",
     "Plan",
     "SparseLinear",
     "SparsifyConfig",

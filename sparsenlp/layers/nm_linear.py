@@ -1,0 +1,143 @@
+"""A linear layer that stores and multiplies only n of every m neighbouring inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import NM
+from ..formats.nm import INDEX_DTYPE, validate
+from ..ops.bsr_linear import ACTIVATIONS
+from ..ops.nm_linear import call, pack
+
+
+class NMLinear(nn.Module):
+    """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in the N:M `pattern`.
+
+    The state dict holds the names of the format: values and indices (N, K / m * n), and bias. Kernels read
+    the values as they are, so training changes them in place; `packed`, a buffer outside of the state dict,
+    is the indices as kernels read them. It is made when the layer gets its indices: by `from_dense`,
+    `from_weight` or `load_state_dict`. The indices are fixed from then on.
+
+    A new layer is allocated with no content; use one of those to fill it.
+    """
+
+    indices: Tensor
+    packed: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: tuple[int, int] = (2, 4),
+        bias: bool = True,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        n, m = pattern
+        if not 0 < n <= m:
+            raise ValueError(f"NMLinear: expected a pattern with 0 < n <= m, got {n}:{m}")
+        if in_features % m:
+            raise ValueError(f"NMLinear: expected in_features divisible by {m}, got {in_features}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"NMLinear: expected an activation among {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.pattern = (n, m)
+        self.activation = activation
+        stored = (out_features, in_features // m * n)
+        first = torch.arange(n, dtype=INDEX_DTYPE, device=device).repeat(out_features, in_features // m)
+        self.register_buffer("indices", first)
+        self.register_buffer("packed", pack(first, self.pattern), persistent=False)
+        self.values = nn.Parameter(torch.empty(stored, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.register_load_state_dict_pre_hook(_check_incoming)
+        self.register_load_state_dict_post_hook(_pack_loaded)
+
+    @classmethod
+    def from_weight(cls, weight: NM, bias: Tensor | None = None, activation: str = "none") -> NMLinear:
+        """Wrap an N:M weight (validated here) and an optional bias of shape (N,)."""
+        weight.validate()
+        rows, columns = weight.shape
+        if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.values.dtype):
+            raise ValueError(
+                f"NMLinear: expected bias of shape ({rows},) and dtype {weight.values.dtype}, "
+                f"got {tuple(bias.shape)} and {bias.dtype}"
+            )
+        layer = cls(columns, rows, weight.pattern, bias is not None, activation, device="meta")
+        layer.indices = weight.indices
+        layer.packed = pack(weight.indices, weight.pattern)
+        layer.values = nn.Parameter(weight.values.detach().contiguous())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach())
+        return layer
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, pattern: tuple[int, int] = (2, 4), activation: str = "none") -> NMLinear:
+        """Store the nonzeros of `linear`, at most n in each group of m.
+
+        The bias is shared with `linear`; training mode and requires_grad carry over.
+        """
+        layer = cls.from_weight(NM.from_dense(linear.weight.detach(), pattern), linear.bias, activation)
+        layer.values.requires_grad_(linear.weight.requires_grad)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @property
+    def weight(self) -> NM:
+        """The weight as a format; it shares the layer's tensors."""
+        return NM(self.values, self.indices, (self.out_features, self.in_features), self.pattern)
+
+    def to_dense(self) -> nn.Linear:
+        """An nn.Linear with the same function (activation apart)."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.weight.to_dense().detach())
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        # nn.Module.__getattr__ costs as much as a small kernel, so the tensors are taken from their dicts.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        return call(
+            x,
+            parameters["values"],
+            buffers["indices"],
+            buffers["packed"],
+            self.pattern,
+            self.in_features,
+            parameters["bias"],
+            self.activation,
+            residual,
+        )
+
+    def extra_repr(self) -> str:
+        n, m = self.pattern
+        text = f"{self.in_features}, {self.out_features}, pattern={n}:{m}"
+        if self.bias is None:
+            text += ", bias=False"
+        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+
+
+def _check_incoming(module: NMLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict whose tensors do not describe this layer, before anything is copied."""
+    values, indices = (state_dict.get(prefix + name) for name in ("values", "indices"))
+    if values is None or indices is None or values.is_meta:
+        return
+    try:
+        validate(values, indices, (module.out_features, module.in_features), module.pattern)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{prefix.rstrip('.') or 'NMLinear'}: {error}") from None
+
+
+def _pack_loaded(module: NMLinear, _: Any) -> None:
+    module.packed = pack(module.indices, module.pattern)
