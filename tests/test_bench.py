@@ -125,7 +125,7 @@ def test_model_directory(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModel.from_pretrained(save_tiny_bert(tmp_path / "dense", head=False))
     prune_(model, Block(8, 1), 0.8)
-    sparsify_(finalize_(model), SparsifyConfig(measure=False))
+    sparsify_(finalize_(model), SparsifyConfig(measure="off"))
     save_pretrained(model, tmp_path / "sparse")
     result, record = run(tmp_path, "--only", "real", "--model", str(tmp_path / "sparse"))
     assert result.returncode == 0, result.stderr
@@ -178,3 +178,36 @@ def test_records_keep_five_digits(bench_modules, tmp_path):
     write_record(tmp_path / "record.json", rows=[{"a": 0.000123456789, "b": [1 / 3, 0.0, -2.0]}, {"n": 1234567}])
     record = json.loads((tmp_path / "record.json").read_text("utf-8"))
     assert record["rows"] == [{"a": 0.00012346, "b": [0.33333, 0.0, -2.0]}, {"n": 1234567}]
+
+
+@pytest.fixture(scope="module")
+def nm_record(tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    output = tmp_path_factory.mktemp("nm_bench")
+    command = [sys.executable, str(BENCH / "nm_linear.py"), "--quick", "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (output / "nm_linear.png").stat().st_size > 10_000
+    return json.loads((output / "nm_linear.json").read_text(encoding="utf-8"))
+
+
+def test_nm_cells_have_their_baselines(nm_record):
+    for tokens in (1, 128):
+        names = {r["name"] for r in nm_record["results"] if r["tokens"] == tokens}
+        assert {"torch fp32", "torch bf16", "2:4 fp32", "2:4 bf16"} <= names
+        assert ("own dense bf16" in names) == (tokens == 1)
+
+
+def test_nm_rates_follow_from_times(nm_record):
+    for result in nm_record["results"]:
+        seconds = result["seconds"]
+        assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
+        cell = [r for r in nm_record["results"] if all(r[key] == result[key] for key in ("tokens", "threads", "shape"))]
+        medians = {r["name"]: r["seconds"]["median"] for r in cell if r["name"] in result["speedup"]}
+        assert result["best_dense"] == min(medians, key=lambda name: medians[name])
+        if "flops" in result:
+            rows, columns = result["shape"]
+            stored = result["flops"] * seconds["median"] / (2 * result["tokens"])
+            assert stored / (rows * columns) == pytest.approx(0.5)
+            bits = 8 * result["bytes_per_second"] * seconds["median"] / stored
+            assert bits == pytest.approx({"2:4 fp32": 34, "2:4 bf16": 18}[result["name"]])

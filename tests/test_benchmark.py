@@ -30,7 +30,7 @@ def dense(tmp_path_factory):
 def sparse(dense):
     model = b.dense_twin(dense)
     prune_(model, Block(8, 1), 0.75)
-    sparsify_(finalize_(model), SparsifyConfig(measure=False))
+    sparsify_(finalize_(model), SparsifyConfig(measure="off"))
     return model
 
 
