@@ -76,12 +76,15 @@ SNLP_INLINE void tile_rows(
       SNLP_UNROLL for (int u = 0; u < U; u++, values += block) add(u, tile + (int64_t)col[p + u] * T, values);
   for (; p < count; p++, values += block) {
     const float* x = tile + (int64_t)col[p] * words * T;
-    __builtin_prefetch((const char*)values + kPrefetchTile);
+    if (K1) __builtin_prefetch((const char*)values + kPrefetchTile);
     int64_t w = 0;
     if (!K1 && U > 1)
       for (; w + U <= words; w += U)
         SNLP_UNROLL for (int u = 0; u < U; u++, x += T) add(u, x, values + (w + u) * D::kUnit);
-    for (; w < words; w++, x += T) add(0, x, values + w * D::kUnit);
+    for (; w < words; w++, x += T) {
+      if (!K1) __builtin_prefetch(values + block + w * BN * D::kUnit);  // the same rows of the next block
+      add(0, x, values + w * D::kUnit);
+    }
   }
   for (int j = 0; j < BN; j++)
     for (int r = 0; r < R; r++) {
