@@ -22,7 +22,7 @@ from .models import after_conversion
 from .plan import MEASURES, BlockShape, Plan, PlanRow
 from .report import effective_weight
 
-DEFAULT_BLOCKS = ((16, 1), (8, 1), (4, 1), (16, 16), (32, 32), (8, 8), (4, 4))
+DEFAULT_BLOCKS = ((16, 1), (8, 1), (4, 1), (8, 2), (16, 16), (32, 32), (8, 8), (4, 4), (1, 1))
 WORTH_MEASURING = 2.5  # a block shape that stores this many times more values than another cannot win
 
 FilterFn = Callable[[nn.Module, str], bool]

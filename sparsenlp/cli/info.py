@@ -12,7 +12,8 @@ from ..measure import machine
 from ..ops.bsr_linear import BACKENDS
 from .console import print_json, say
 
-OPS = ("bsr_linear",)
+OPS = ("bsr_linear", "nm_linear")
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "i8": "int8"}
 
 
 def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False) -> None:
@@ -43,18 +44,29 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead o
 
 def collect() -> dict[str, Any]:
     """The same as JSON data; transformers is not imported."""
-    states = {
-        "native": "float32 on cpu" if native.available else f"unavailable: {native.why_unavailable}",
-        "reference": "any dtype and device; correct, not fast",
-    }
     triton = "not chosen: compiled and simulated, not run on hardware" if _installed("triton") else "not installed"
+    others = {"bsr_linear": {"triton": triton}}
     return {
         "machine": machine(),
         "isas": native.isas(),
         "native": native.available,
         "transformers": _installed("transformers"),
-        "ops": {op: {backend: states[backend] for backend in BACKENDS} | {"triton": triton} for op in OPS},
+        "ops": {op: _backends(op) | others.get(op, {}) for op in OPS},
     }
+
+
+def _backends(op: str) -> dict[str, str]:
+    """{backend: what it does here} of one op."""
+    usable = native.isas()
+    usable = usable[usable.index(native.isa()) :] if native.available else []
+    found = {n.rpartition(".")[2]: isas for n, isas in native.kernels().items() if n.startswith(f"{op}.")}
+    in_use = {dtype: next(isa for isa in isas if isa in usable) for dtype, isas in found.items()}
+    kernels = ", ".join(f"{DTYPES[dtype]} on {isa}" for dtype, isa in in_use.items())
+    states = {
+        "native": f"weights of {kernels}" if native.available else f"unavailable: {native.why_unavailable}",
+        "reference": "any dtype and device; correct, not fast",
+    }
+    return {backend: states[backend] for backend in BACKENDS}
 
 
 def _installed(package: str) -> str | None:
