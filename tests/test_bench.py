@@ -208,6 +208,6 @@ def test_nm_rates_follow_from_times(nm_record):
         if "flops" in result:
             rows, columns = result["shape"]
             stored = result["flops"] * seconds["median"] / (2 * result["tokens"])
-            assert stored / (rows * columns) == pytest.approx(0.5)
+            assert stored / (rows * columns) == pytest.approx(0.5, rel=1e-3)
             bits = 8 * result["bytes_per_second"] * seconds["median"] / stored
-            assert bits == pytest.approx({"2:4 fp32": 34, "2:4 bf16": 18}[result["name"]])
+            assert bits == pytest.approx({"2:4 fp32": 34, "2:4 bf16": 18}[result["name"]], rel=1e-3)

@@ -80,8 +80,15 @@ def test_info_lists_isa_and_backends():
     text = succeed("info").stdout
     assert sparsenlp.__version__ in text
     assert native.isa() or native.why_unavailable in text
-    assert "bsr_linear, native" in text
+    for op in ("bsr_linear", "nm_linear"):
+        assert f"{op}, native" in text
     assert "bsr_linear, reference" in text
+
+
+def test_info_names_the_kernels_under_a_cap(needs_native):
+    with native.isa_cap("scalar"):
+        data = json.loads(succeed("info", "--json").stdout)
+    assert data["ops"]["bsr_linear"]["native"] == "weights of float32 on scalar, bfloat16 on scalar, int8 on scalar"
 
 
 def test_info_says_why_a_backend_is_unavailable(monkeypatch):

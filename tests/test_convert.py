@@ -119,13 +119,15 @@ def test_pattern_is_detected(block):
 def test_candidates_of_unstructured_zeros():
     torch.manual_seed(0)
     weight = torch.rand(64, 64) * (torch.rand(64, 64) < 0.1)
-    stored = candidate_densities(weight, SparsifyConfig())
+    (block,) = candidate_densities(weight, SparsifyConfig())
+    assert block == (1, 1)
+    stored = candidate_densities(weight, SparsifyConfig(blocks=((16, 1), (8, 1), (4, 1))))
     assert list(stored) == [(8, 1), (4, 1)]
     assert stored[4, 1] < 0.4 < stored[8, 1] < 0.7
 
 
 def test_shapes_that_do_not_divide_are_no_candidates():
-    assert list(candidate_densities(torch.zeros(12, 6), SparsifyConfig())) == [(4, 1)]
+    assert list(candidate_densities(torch.zeros(12, 6), SparsifyConfig(blocks=((8, 1), (4, 1), (4, 4))))) == [(4, 1)]
 
 
 def test_all_zero_layer(model, ids):

@@ -57,10 +57,10 @@ def collect() -> dict[str, Any]:
 
 def _backends(op: str) -> dict[str, str]:
     """{backend: what it does here} of one op."""
-    usable = native.isas()
-    usable = usable[usable.index(native.isa()) :] if native.available else []
+    ranks = {isa: rank for rank, isa in enumerate(native.isas())}
+    cap = ranks.get(native.isa() or "", 0)
     found = {n.rpartition(".")[2]: isas for n, isas in native.kernels().items() if n.startswith(f"{op}.")}
-    in_use = {dtype: next(isa for isa in isas if isa in usable) for dtype, isas in found.items()}
+    in_use = {dtype: next(isa for isa in isas if ranks[isa] >= cap) for dtype, isas in found.items()}
     kernels = ", ".join(f"{DTYPES[dtype]} on {isa}" for dtype, isa in in_use.items())
     states = {
         "native": f"weights of {kernels}" if native.available else f"unavailable: {native.why_unavailable}",
