@@ -20,6 +20,8 @@ from .version import __version__
 
 SAMPLE_SECONDS = 100e-6  # a sample repeats a call until it lasts about this long, far above the clock's resolution
 
+SWEEP_BYTES = 4 << 20  # beyond most second-level caches
+
 SummaryT = TypeVar("SummaryT", bound="Summary")
 
 
@@ -77,8 +79,9 @@ def interleave(
     seconds     budget of the timed part, s; warm-up comes on top
     min_rounds  rounds that run even if the budget is exceeded
     warmup      untimed calls of every function, at least 1
-    warm        run each sample twice and time the second, so that the caches hold this function's data and
-                not the one's before it
+    warm        before each sample read SWEEP_BYTES of other data and run the sample once untimed, so that every
+                function starts from the same state, whatever ran before it: its own data in the caches as after
+                one call, as in a model where other layers run in between
     returns     {name: Timing}, seconds per call, the same number of samples for every name
 
     Gradients are as the caller set them. Raises ValueError if there is no function, or min_rounds or
@@ -90,11 +93,13 @@ def interleave(
         raise ValueError(f"interleave: expected min_rounds and warmup of at least 1, got {min_rounds} and {warmup}")
     repeats = {name: _calibrate(function, warmup) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    sweep = torch.ones(SWEEP_BYTES // 4) if warm else torch.ones(0)
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or time.perf_counter() < end:
         for name, function in functions.items():
             if warm:
+                sweep.sum()
                 _sample(function, repeats[name])
             samples[name].append(_sample(function, repeats[name]))
         rounds += 1

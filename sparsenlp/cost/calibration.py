@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,9 +77,9 @@ def calibrate(
 
 
 def undisturbed(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Seconds of each call with warm weights: the 10th percentile of the rounds, as load only ever adds to them."""
+    """Seconds of each call with warm weights: the median of the rounds, as measurements are judged by it."""
     timings = interleave(calls, seconds, warm=True)
-    return {name: float(np.quantile(timing.samples, 0.1)) for name, timing in timings.items()}
+    return {name: timing.median for name, timing in timings.items()}
 
 
 def _samples(kind: Kind) -> list[_Sample]:
