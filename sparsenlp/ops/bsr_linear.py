@@ -104,7 +104,7 @@ def call(
         residual = residual.to(values.dtype) if residual is not None else None
     _check_x(x, values, columns)
     if residual is not None:
-        _check_residual(residual, x, (crow_indices.shape[0] - 1) * values.shape[1])
+        check_residual("bsr_linear", residual, x, (crow_indices.shape[0] - 1) * values.shape[1])
     scale = input_scale or 0.0
     if _choose(x, values, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -145,11 +145,12 @@ def _check_x(x: Tensor, values: Tensor, columns: int) -> None:
         raise ValueError(f"bsr_linear: expected x on {values.device}, got {x.device}")
 
 
-def _check_residual(residual: Tensor, x: Tensor, rows: int) -> None:
+def check_residual(op: str, residual: Tensor, x: Tensor, rows: int) -> None:
+    """Raise ValueError unless `residual` is (..., rows) beside x (..., K), of its dtype and device."""
     shape = (*x.shape[:-1], rows)
     if residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
-            f"bsr_linear: expected residual of shape {tuple(shape)} and dtype {x.dtype} on {x.device}, "
+            f"{op}: expected residual of shape {tuple(shape)} and dtype {x.dtype} on {x.device}, "
             f"got {tuple(residual.shape)} and {residual.dtype} on {residual.device}"
         )
 

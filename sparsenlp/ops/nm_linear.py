@@ -11,7 +11,7 @@ from .. import native
 from ..formats import NM
 from ..formats.nm import pack_indices
 from ..reference import nm_linear as reference
-from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, BACKENDS, NATIVE_DTYPES
+from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, BACKENDS, NATIVE_DTYPES, check_residual
 
 NATIVE_PATTERNS = ((2, 4), (1, 4), (4, 8))
 
@@ -86,7 +86,7 @@ def call(
     if x.device != values.device:
         raise ValueError(f"nm_linear: expected x on {values.device}, got {x.device}")
     if residual is not None:
-        _check_residual(residual, x, values.shape[0])
+        check_residual("nm_linear", residual, x, values.shape[0])
     if _choose(x, packed, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return reference.nm_linear(x, values, indices, pattern, bias, activation, residual)
@@ -94,15 +94,6 @@ def call(
         return _op(x, values, indices, packed, pattern, bias, activation, residual)
     with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
         return _op(x, values, indices, packed, pattern, bias, activation, residual)
-
-
-def _check_residual(residual: Tensor, x: Tensor, rows: int) -> None:
-    shape = (*x.shape[:-1], rows)
-    if residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device:
-        raise ValueError(
-            f"nm_linear: expected residual of shape {tuple(shape)} and dtype {x.dtype} on {x.device}, "
-            f"got {tuple(residual.shape)} and {residual.dtype} on {residual.device}"
-        )
 
 
 def _choose(x: Tensor, packed: Tensor | None, backend: str | None) -> str:

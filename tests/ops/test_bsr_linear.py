@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from cases import BSR_LINEAR, TOLERANCES, BsrLinearCase
-from conftest import each_backend
+from conftest import NATIVE_ISAS, each_backend
 
 from sparsenlp import BlockSparse, native
 from sparsenlp.ops import bsr_linear
@@ -83,11 +83,10 @@ def test_gradients_match_float64(case, backend):
         )
 
 
+@pytest.mark.parametrize("backend", NATIVE_ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 100])
 def test_wgrad_and_dgrad(tokens, dtype, backend):
-    if backend == "reference":
-        pytest.skip("it is the reference")
     weight = BsrLinearCase((1,), 48, 40, (8, 1), dtype=dtype).weight()
     grad, x = torch.randn(tokens, 48).to(dtype), torch.randn(tokens, 40).to(dtype)
     pattern = (weight.crow_indices, weight.col_indices)
