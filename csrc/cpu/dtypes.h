@@ -29,33 +29,23 @@ struct FloatSums {
   SNLP_INLINE float word(E weight) { return to_float(weight); }
 };
 
-struct F32 : FloatSums<float> {
-  typedef float Weight;
-  typedef F32 Scalar;
+// One value in a word, widened to float.
+template <class E>
+struct Wide : FloatSums<E> {
+  typedef E Weight;
+  typedef Wide Scalar;
   static constexpr int kUnit = 1;
   template <int L>
-  SNLP_INLINE VecL<L> words(const float* x, float) { return load<L>(x); }
+  SNLP_INLINE VecL<L> words(const E* x, float) { return load<L>(x); }
   template <int L>
-  SNLP_INLINE VecL<L> weights(const float* w) { return load<L>(w); }
+  SNLP_INLINE VecL<L> weights(const E* w) { return load<L>(w); }
   template <int L>
-  SNLP_INLINE VecL<L> splat_weight(const float* w) { return splat<L>(*w); }
+  SNLP_INLINE VecL<L> splat_weight(const E* w) { return splat<L>(*w); }
   template <int L>
   SNLP_INLINE VecL<L> dot(VecL<L> sum, VecL<L> x, VecL<L> w) { return sum + x * w; }
 };
-
-struct Bf16Wide : FloatSums<bf16> {
-  typedef bf16 Weight;
-  typedef Bf16Wide Scalar;
-  static constexpr int kUnit = 1;
-  template <int L>
-  SNLP_INLINE VecL<L> words(const bf16* x, float) { return load<L>(x); }
-  template <int L>
-  SNLP_INLINE VecL<L> weights(const bf16* w) { return load<L>(w); }
-  template <int L>
-  SNLP_INLINE VecL<L> splat_weight(const bf16* w) { return splat<L>(*w); }
-  template <int L>
-  SNLP_INLINE VecL<L> dot(VecL<L> sum, VecL<L> x, VecL<L> w) { return sum + x * w; }
-};
+typedef Wide<float> F32;
+typedef Wide<bf16> Bf16Wide;
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 struct Bf16Dot : FloatSums<bf16> {

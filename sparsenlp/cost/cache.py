@@ -16,7 +16,7 @@ from ..measure import machine, use_threads
 from .calibration import SECONDS, calibrate
 from .model import CostModel, Fitted, Kind
 
-FORMAT = 1
+FORMAT = 2
 """Of the file and of the laws in it: raise it when their features change."""
 
 WORTH_KEEPING = 0.5

@@ -32,16 +32,22 @@ _SPARSE_FITTED = (
     ((1024, 2048), 0.05, (1, 8, 16, 32, 64, 256)),
     ((1920, 640), 0.08, (1, 4, 8, 16, 48, 64, 320)),
     ((1280, 2560), 0.5, (1, 4, 8, 16, 32, 64)),
+    ((1536, 768), 0.02, (1, 8, 16, 64, 128, 256)),
+    ((768, 2304), 0.03, (1, 8, 32, 128, 512)),
 )
 _SPARSE_HELD_OUT = (
     ((448, 704), 0.3, (1, 6, 20, 64, 128)),
     ((896, 960), 0.15, (1, 8, 16, 48, 160)),
     ((1152, 448), 0.08, (2, 8, 32, 80, 128)),
+    ((704, 1792), 0.02, (1, 16, 96, 384)),
 )
 _DENSE_SHAPES = ((256, 384), (640, 512), (512, 1280), (1024, 1024), (1280, 2560), (2560, 960))
 _DENSE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _DENSE_FITTED = tuple((shape, 1.0, _DENSE_TOKENS) for shape in _DENSE_SHAPES)
 _DENSE_HELD_OUT = tuple((shape, 1.0, (1, 6, 20, 96, 192)) for shape in ((896, 704), (448, 1920), (1920, 768)))
+
+UNEVEN = 0.7
+"""Standard deviation of the logarithm of a block row's density, as in globally pruned encoders."""
 
 Timer = Callable[[dict[str, Callable[[], object]], float], dict[str, float]]
 """(calls by name, seconds to spend) -> seconds of each"""
@@ -100,7 +106,7 @@ def _samples(kind: Kind) -> list[_Sample]:
 def _layer(
     kind: Kind, rows: int, columns: int, density: float, generator: torch.Generator
 ) -> tuple[Callable[[Tensor], object], int]:
-    """(layer with `density` of its blocks at random, its stored weights)."""
+    """(layer with `density` of its blocks at random, in rows as uneven as those of pruned weights, its weights)."""
     dtype = _io_dtype(kind)
     bias = torch.randn(rows, generator=generator).to(dtype)
     if kind.block is None:
@@ -108,7 +114,8 @@ def _layer(
         return partial(F.linear, weight=weight, bias=bias), weight.numel()
     n, k = kind.block
     grid = (rows // n, columns // k)
-    kept = torch.rand(grid, generator=generator) < density
+    share = torch.randn(grid[0], 1, generator=generator).mul(UNEVEN).exp()
+    kept = torch.rand(grid, generator=generator) < density * share / share.mean()
     mask = kept.repeat_interleave(n, 0).repeat_interleave(k, 1)
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     layer = SparseLinear.from_weight(BlockSparse.from_dense(weight, kind.block, mask), bias)

@@ -11,17 +11,6 @@
 
 namespace {
 
-template <class E>
-struct WideOf;
-template <>
-struct WideOf<float> {
-  typedef F32 type;
-};
-template <>
-struct WideOf<bf16> {
-  typedef Bf16Wide type;
-};
-
 // ---- dx ----
 
 // dx[k of the block][T] += sum over BN rows j of grad[j][T] * values[j][k].
@@ -55,7 +44,7 @@ void dgrad_tile(const BsrLinearGrad& a, int64_t token0, int64_t tokens, float* d
   const int64_t step = a.n >= 64 ? a.n : 64 / a.n * a.n;  // rows of grad that are transposed together
   for (int64_t row0 = 0; row0 < a.N; row0 += step) {
     const int64_t rows = smaller(step, a.N - row0);
-    pack_tile<typename WideOf<E>::type, R>((const E*)a.grad + token0 * a.N + row0, a.N, rows, tokens, nullptr, strip);
+    pack_tile<Wide<E>, R>((const E*)a.grad + token0 * a.N + row0, a.N, rows, tokens, nullptr, strip);
     for (int64_t row = row0; row < row0 + rows; row += a.n) {
       const int64_t first = a.crow[row / a.n], count = a.crow[row / a.n + 1] - first;
       const int32_t* col = a.col + first;
@@ -153,7 +142,7 @@ void wgrad_by_outputs(const BsrLinearGrad& a, int64_t begin, int64_t end, float*
   constexpr int R = 2, T = R * kLanes, P = 8;
   for (int64_t token0 = 0; token0 < a.M; token0 += T) {
     const int64_t tokens = smaller(T, a.M - token0);
-    pack_tile<typename WideOf<E>::type, R>((const E*)a.x + token0 * a.K, a.K, a.K, tokens, nullptr, tile);
+    pack_tile<Wide<E>, R>((const E*)a.x + token0 * a.K, a.K, a.K, tokens, nullptr, tile);
     for (int64_t row = begin; row < end; row++)
       for (int64_t j = 0; j < a.n; j += L) {
         const E* grad = (const E*)a.grad + token0 * a.N + row * a.n + j;
