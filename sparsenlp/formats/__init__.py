@@ -1,6 +1,7 @@
 """What a sparse weight is. Plain data: no compute, no modules."""
 
 from .block import BlockSparse
+from .encoder import EncoderWeights, SparseProjection
 from .nm import NM
 
-__all__ = ["NM", "BlockSparse"]
+__all__ = ["NM", "BlockSparse", "EncoderWeights", "SparseProjection"]
