@@ -34,6 +34,8 @@ static PyObject* kernels(PyObject*, PyObject*) {
 #include "cpu/bsr_linear/bsr_linear.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "nm_linear." #dtype},
 #include "cpu/nm_linear/nm_linear.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "encoder_layer." #dtype},
+#include "cpu/encoder_layer/encoder_layer.inc"
   };
   PyObject* all = PyDict_New();
   for (auto& kernel : list) {

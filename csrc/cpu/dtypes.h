@@ -82,13 +82,17 @@ struct IntSums {
   static constexpr bool kQuantized = true;
   template <int L>
   SNLP_INLINE VecL<L> value(IntsL<L> sum) { return __builtin_convertvector(sum, VecL<L>); }
-  // round(x * inverse) + shift, to the nearest, ties to even. NaN gives some number in range.
+  // round(v) + shift, to the nearest, ties to even, within +-127. NaN gives some number in range.
   template <int L>
-  SNLP_INLINE IntsL<L> rounded(const E* x, float inverse, float shift) {
-    const VecL<L> limit = splat<L>(127.0f), v = load<L>(x) * inverse;
+  SNLP_INLINE IntsL<L> to_int(VecL<L> v, float shift) {
+    const VecL<L> limit = splat<L>(127.0f);
     const VecL<L> low = v > -limit ? v : -limit, clamped = low < limit ? low : limit;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
     return (IntsL<L>)(clamped + (magic + shift)) - 0x4b400000;
+  }
+  template <int L>
+  SNLP_INLINE IntsL<L> rounded(const E* x, float inverse, float shift) {
+    return to_int<L>(load<L>(x) * inverse, shift);
   }
 };
 

@@ -67,7 +67,7 @@ inline bool was_forked() {
 // Run every share of the work, one thread each, or all of them here inside somebody's parallel region and in
 // a forked process. `work` is in multiply-adds.
 template <class Kernel, class Args>
-void run_parts(Kernel* kernel, const Args& args, int64_t work) {
+void run_parts(Kernel kernel, const Args& args, int64_t work) {
   constexpr int64_t kWorkPerThread = 1 << 15;  // below which a second thread costs more than it saves
   int64_t parts = torch::stable::get_num_threads();
   if (work / kWorkPerThread < parts) parts = work / kWorkPerThread;
@@ -86,11 +86,14 @@ inline const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// Of float32, bfloat16 or int32.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
-  const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+  const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Int    ? aoti_torch_dtype_int32()
+                                                     : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));

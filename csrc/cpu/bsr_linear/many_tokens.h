@@ -10,13 +10,10 @@ namespace {
 
 constexpr int kPrefetchTile = 2048;  // bytes ahead in the weight stream
 
-// row_sums[row] = kShift times the sum of the row's weights, for the rows that work [from, to) touches.
-template <class D>
-void sum_rows(const BsrLinear& a, int64_t from, int64_t to, int32_t* row_sums) {
-  const int64_t per_tile = cost_before(a, a.N), tile = from / per_tile;
-  const bool whole = to > (tile + 1) * per_tile;
-  const int64_t begin = whole ? 0 : row_at_cost(a, from - tile * per_tile, kGroup);
-  const int64_t end = whole ? a.N : row_at_cost(a, to - tile * per_tile, kGroup);
+// row_sums[row] = kShift times the sum of the row's weights, for all rows of the block rows that [begin, end) touches.
+// W: the weights, with crow, values, n and k named as in BsrLinear.
+template <class D, class W>
+void sum_rows(const W& a, int64_t begin, int64_t end, int32_t* row_sums) {
   constexpr int L = kLanes < 8 ? 4 : 8, U = 4;
   typedef typename D::template Sum<L> Sum;
   const int32_t all_shift = (int32_t)(D::kShift * 0x01010101u);
@@ -49,12 +46,12 @@ void sum_rows(const BsrLinear& a, int64_t from, int64_t to, int32_t* row_sums) {
   }
 }
 
-// out[BN][T] = sum over `count` blocks of BN rows of the block times the tile. `values` points at the
-// first of the BN rows in the first block; a block is n x k, row-major. N1 and K1: n is N1, k is kUnit.
+// out[BN][T] = sum over `count` blocks of BN rows of the block times T tokens of a tile that has `ld` of them. `values`
+// points at the first of the BN rows in the first block; a block is n x k, row-major. N1 and K1: n is N1, k is kUnit.
 template <class D, int BN, int R, int N1, bool K1>
 SNLP_INLINE void tile_rows(
-    const float* tile, const int32_t* col, int64_t count, const typename D::Weight* values, int64_t n_any, int64_t k_any,
-    const int32_t* row_sums, float* out) {
+    const float* tile, int64_t ld, const int32_t* col, int64_t count, const typename D::Weight* values, int64_t n_any,
+    int64_t k_any, const int32_t* row_sums, float* out) {
   constexpr int T = R * kLanes;
   constexpr int U = BN * R >= 4 ? 1 : 4 / (BN * R);  // independent sums of few rows, to cover the latency
   const int64_t k = K1 ? D::kUnit : k_any, block = (N1 ? N1 : n_any) * k, words = k / D::kUnit;
@@ -73,15 +70,15 @@ SNLP_INLINE void tile_rows(
   int64_t p = 0;
   if (K1 && U > 1)
     for (; p + U <= count; p += U)
-      SNLP_UNROLL for (int u = 0; u < U; u++, values += block) add(u, tile + (int64_t)col[p + u] * T, values);
+      SNLP_UNROLL for (int u = 0; u < U; u++, values += block) add(u, tile + (int64_t)col[p + u] * ld, values);
   for (; p < count; p++, values += block) {
-    const float* x = tile + (int64_t)col[p] * words * T;
+    const float* x = tile + (int64_t)col[p] * words * ld;
     if (K1) __builtin_prefetch((const char*)values + kPrefetchTile);
     int64_t w = 0;
     if (!K1 && U > 1)
       for (; w + U <= words; w += U)
-        SNLP_UNROLL for (int u = 0; u < U; u++, x += T) add(u, x, values + (w + u) * D::kUnit);
-    for (; w < words; w++, x += T) {
+        SNLP_UNROLL for (int u = 0; u < U; u++, x += ld) add(u, x, values + (w + u) * D::kUnit);
+    for (; w < words; w++, x += ld) {
       if (!K1) __builtin_prefetch(values + block + w * BN * D::kUnit);  // the same rows of the next block
       add(0, x, values + w * D::kUnit);
     }
@@ -93,34 +90,39 @@ SNLP_INLINE void tile_rows(
     }
 }
 
-// One tile times the rows [begin, end), by blocks of N1 (or any) rows, BN at a time.
+// Blocks of N1 (or any) rows, BN at a time.
 template <int BN, int N1, bool K1>
 struct Blocks {
   template <class D, int R>
   static void pack(const BsrLinear& a, Tile& tile) { pack_x<D, R>(a, tile); }
+  template <int R>
+  static constexpr int64_t ld = R * kLanes;
 
-  template <class D, int R>
-  static void multiply(const BsrLinear& a, const Tile& tile, int64_t begin, int64_t end) {
-    constexpr int T = R * kLanes;
-    alignas(64) float out[kGroup * T];
-    for (int64_t row0 = begin; row0 < end; row0 += kGroup) {
-      const int64_t rows = smaller(kGroup, end - row0);
-      for (int64_t j = 0; j < rows; j += BN) {
-        const int64_t block_row = (row0 + j) / a.n, inside = (row0 + j) % a.n;
-        const int64_t first = a.crow[block_row], count = a.crow[block_row + 1] - first;
-        tile_rows<D, BN, R, N1, K1>(
-            tile.words, a.col + first, count, (const typename D::Weight*)a.values + (first * a.n + inside) * a.k, a.n,
-            a.k, tile.row_sums + row0 + j, out + j * T);
-      }
-      epilogue<D, R>(a, tile, out, row0, rows);
+  // out[rows][T] = `rows` rows from row0 on, at most kGroup, times T tokens of a tile with ld.
+  template <class D, int R, class W>
+  SNLP_INLINE void group(
+      const W& a, const float* words, int64_t ld, const int32_t* row_sums, int64_t row0, int64_t rows, float* out) {
+    for (int64_t j = 0; j < rows; j += BN) {
+      const int64_t block_row = (row0 + j) / a.n, inside = (row0 + j) % a.n;
+      const int64_t first = a.crow[block_row], count = a.crow[block_row + 1] - first;
+      tile_rows<D, BN, R, N1, K1>(
+          words, ld, a.col + first, count, (const typename D::Weight*)a.values + (first * a.n + inside) * a.k, a.n, a.k,
+          row_sums + row0 + j, out + j * R * kLanes);
     }
   }
 };
 
+// One tile times the rows [begin, end).
 template <class D, class B, int R>
 void one_tile(const BsrLinear& a, Tile& tile, int64_t begin, int64_t end) {
+  constexpr int T = R * kLanes;
+  alignas(64) float out[kGroup * T];
   B::template pack<D, R>(a, tile);
-  B::template multiply<D, R>(a, tile, begin, end);
+  for (int64_t row0 = begin; row0 < end; row0 += kGroup) {
+    const int64_t rows = smaller(kGroup, end - row0);
+    B::template group<D, R>(a, tile.words, B::template ld<R>, tile.row_sums, row0, rows, out);
+    epilogue<D, R>(a, tile, out, row0, rows);
+  }
 }
 
 // This part's share of (tiles x rows), cut by work. A ragged last tile runs as narrow as it can.
@@ -131,7 +133,12 @@ void many_tokens(const BsrLinear& a, int part, int parts, float* scratch) {
   Tile tile{scratch + (D::kQuantized ? (a.N + T + 15) / 16 * 16 : 0), 0, 0, scratch + a.N, row_sums};
   const int64_t tiles = (a.M + T - 1) / T, per_tile = cost_before(a, a.N);
   const int64_t from = tiles * per_tile * part / parts, to = tiles * per_tile * (part + 1) / parts;
-  if constexpr (D::kShift != 0) sum_rows<D>(a, from, to, row_sums);
+  if constexpr (D::kShift != 0) {
+    const int64_t first = from / per_tile;
+    const bool whole = to > (first + 1) * per_tile;
+    const int64_t begin = whole ? 0 : row_at_cost(a, from - first * per_tile, kGroup);
+    sum_rows<D>(a, begin, whole ? a.N : row_at_cost(a, to - first * per_tile, kGroup), row_sums);
+  }
   for (int64_t i = from / per_tile; i < tiles && i * per_tile < to; i++) {
     const int64_t begin = row_at_cost(a, from - i * per_tile, kGroup);
     const int64_t end = row_at_cost(a, to - i * per_tile, kGroup);

@@ -13,6 +13,9 @@ namespace {
 // unpacking two rows leaves the pairs of 16 tokens in order.
 template <int BN>
 struct PairedColumns {
+  template <int R>
+  static constexpr int64_t ld = (R + 1) / 2 * 16;
+
   template <class D, int R>
   static void pack(const BsrLinear& a, Tile& tile) {
     constexpr int H = (R + 1) / 2;  // vectors in a row of the tile
@@ -52,15 +55,16 @@ struct PairedColumns {
   }
 
   template <int R>
-  SNLP_INLINE void rows(const float* tile, const int32_t* col, int64_t count, const bf16* values, int64_t n, float* out) {
+  SNLP_INLINE void rows(
+      const float* tile, int64_t ld, const int32_t* col, int64_t count, const bf16* values, int64_t n, float* out) {
     constexpr int H = (R + 1) / 2;
     alignas(64) static const float nothing[H * 16] = {};
     static const bf16 zeros[8] = {};
     Vec sum[BN][R] = {};
     for (int64_t p = 0; p < count; p += 2, values += 2 * n) {
       const bool alone = p + 1 == count;
-      const float* xa = tile + (int64_t)col[p] * H * 16;
-      const float* xb = alone ? nothing : tile + (int64_t)col[p + 1] * H * 16;
+      const float* xa = tile + (int64_t)col[p] * ld;
+      const float* xb = alone ? nothing : tile + (int64_t)col[p + 1] * ld;
       __builtin_prefetch((const char*)values + kPrefetchTile);
       alignas(16) int32_t words[BN < 4 ? 4 : BN];
       pair_weights(values, alone ? zeros : values + n, words);
@@ -79,18 +83,14 @@ struct PairedColumns {
       for (int r = 0; r < R; r++) store(out + j * R * 16 + r * 16, sum[j][r]);
   }
 
-  template <class D, int R>
-  static void multiply(const BsrLinear& a, const Tile& tile, int64_t begin, int64_t end) {
-    constexpr int T = R * 16;
-    alignas(64) float out[kGroup * T];
-    for (int64_t row0 = begin; row0 < end; row0 += kGroup) {
-      const int64_t group = smaller(kGroup, end - row0);
-      for (int64_t j = 0; j < group; j += BN) {
-        const int64_t block_row = (row0 + j) / a.n, inside = (row0 + j) % a.n;
-        const int64_t first = a.crow[block_row], count = a.crow[block_row + 1] - first;
-        rows<R>(tile.words, a.col + first, count, (const bf16*)a.values + first * a.n + inside, a.n, out + j * T);
-      }
-      epilogue<D, R>(a, tile, out, row0, group);
+  template <class D, int R, class W>
+  SNLP_INLINE void group(
+      const W& a, const float* words, int64_t ld, const int32_t*, int64_t row0, int64_t group, float* out) {
+    for (int64_t j = 0; j < group; j += BN) {
+      const int64_t block_row = (row0 + j) / a.n, inside = (row0 + j) % a.n;
+      const int64_t first = a.crow[block_row], count = a.crow[block_row + 1] - first;
+      const bf16* values = (const bf16*)a.values + first * a.n + inside;
+      rows<R>(words, ld, a.col + first, count, values, a.n, out + j * R * 16);
     }
   }
 };

@@ -1,0 +1,160 @@
+// Attention of one head for the tokens of a tile, with lanes over queries: scores, softmax and context need no
+// transpose and no sum across lanes. Keys are worked off in chunks with a running maximum (Milakov and Gimelshein
+// 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+//
+// D says how queries, keys, probabilities and values are multiplied: F32, or Bf16Dot. Queries and keys lie as
+// [dimension / kUnit][T] words, values as [dimension][T] elements.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+constexpr int kKeyBlock = kRegisters == 32 ? 8 : 4;  // keys, or dimensions, whose sums are in registers
+constexpr int kChunk = 128;                          // keys between two looks at the maximum
+constexpr float kMasked = -__builtin_inff();
+constexpr float kLowest = -1e30f;  // finite, so that kMasked - kLowest is no NaN
+
+// What a head's attention to a chunk of keys needs to know of the queries.
+template <int R>
+struct Queries {
+  static constexpr int W = R * kLanes;
+  VecI first[R], last[R];  // keys that they attend to
+  int64_t all_from, all_to;  // keys that all attend to
+  int64_t any_from, any_to;  // keys that any attends to
+};
+
+template <int R>
+Queries<R> queries_of(const Spans& spans, int64_t token0) {
+  Queries<R> q;
+  q.all_from = q.any_to = 0;
+  q.all_to = q.any_from = INT64_MAX;
+  for (int i = 0; i < q.W; i++) {
+    const int32_t first = spans.first[token0 + i], last = spans.last[token0 + i];
+    q.first[i / kLanes][i % kLanes] = first;
+    q.last[i / kLanes][i % kLanes] = last;
+    if (first > q.all_from) q.all_from = first;
+    if (last > q.any_to) q.any_to = last;
+    q.all_to = smaller(q.all_to, last);
+    q.any_from = smaller(q.any_from, first);
+  }
+  return q;
+}
+
+// The bias of kLanes queries (from packed token on) for a key, by their positions within their sequences.
+SNLP_INLINE Vec position_bias(const EncoderLayer& a, int head, int64_t token, VecI first, int64_t key) {
+  Vec bias = {};
+  const float* table = a.position_bias + head * a.side * a.side;
+  for (int i = 0; i < kLanes; i++) {
+    const int64_t q = token + i - first[i], k = key - first[i];
+    if (k >= 0 && k < a.side && q < a.side) bias[i] = table[q * a.side + k];
+  }
+  return bias;
+}
+
+// scores[T][W] of the queries with all keys of one tile; the largest so far is updated.
+template <class D, int R>
+SNLP_INLINE void score_tile(
+    const EncoderLayer& a, int head, const Queries<R>& q, int64_t token0, const float* query, const float* key,
+    int64_t dimensions, int64_t key0, float* scores, Vec largest[R]) {
+  constexpr int W = R * kLanes, B = kKeyBlock;
+  const bool masked = key0 < q.all_from || key0 + a.T > q.all_to;
+  for (int j0 = 0; j0 < a.T; j0 += B) {
+    Vec sum[B][R] = {};
+    const float *x = query, *w = key + j0;
+    for (int64_t d = 0; d < dimensions; d++, x += a.T, w += a.T) {
+      Vec xv[R];
+      SNLP_UNROLL for (int r = 0; r < R; r++) xv[r] = load(x + r * kLanes);
+      SNLP_UNROLL for (int j = 0; j < B; j++) {
+        const Vec weight = splat_word(w + j);
+        SNLP_UNROLL for (int r = 0; r < R; r++) sum[j][r] = D::template dot<kLanes>(sum[j][r], xv[r], weight);
+      }
+    }
+    SNLP_UNROLL for (int j = 0; j < B; j++)
+      SNLP_UNROLL for (int r = 0; r < R; r++) {
+        const int32_t at = (int32_t)(key0 + j0 + j);
+        Vec s = sum[j][r] * a.scale;
+        if (a.position_bias) s += position_bias(a, head, token0 + r * kLanes, q.first[r], at);
+        if (masked) s = ((q.first[r] <= at) & (q.last[r] > at)) ? s : splat(kMasked);
+        largest[r] = max(largest[r], s);
+        store(scores + (j0 + j) * W + r * kLanes, s);
+      }
+  }
+}
+
+// context[B][W] += values[B][keys of one tile] times probabilities, which are words [T / kUnit][W].
+template <class D, int R, int B>
+SNLP_INLINE void add_values(const float* words, const typename D::Element* values, int T, float* context) {
+  constexpr int W = R * kLanes;
+  Vec sum[B][R];
+  SNLP_UNROLL for (int j = 0; j < B; j++)
+    SNLP_UNROLL for (int r = 0; r < R; r++) sum[j][r] = load(context + j * W + r * kLanes);
+  for (int key = 0; key < T; key += D::kUnit, words += W) {
+    Vec xv[R];
+    SNLP_UNROLL for (int r = 0; r < R; r++) xv[r] = load(words + r * kLanes);
+    SNLP_UNROLL for (int j = 0; j < B; j++) {
+      const Vec weight = splat_word(values + j * T + key);
+      SNLP_UNROLL for (int r = 0; r < R; r++) sum[j][r] = D::template dot<kLanes>(sum[j][r], xv[r], weight);
+    }
+  }
+  SNLP_UNROLL for (int j = 0; j < B; j++)
+    SNLP_UNROLL for (int r = 0; r < R; r++) store(context + j * W + r * kLanes, sum[j][r]);
+}
+
+// out[value dimensions][T] at the W tokens from token0 + t on = attention of one head. scratch: W * (kChunk + value
+// dimensions) words.
+template <class D, int R>
+void attend(const EncoderLayer& a, const Queries<R>& q, int64_t tile, int t, int head, float* out, float* scratch) {
+  constexpr int W = R * kLanes;
+  typedef typename D::Element E;
+  const int T = a.T;
+  const int64_t q0 = a.query_rows[head] / D::kUnit, dimensions = (a.query_rows[head + 1] + D::kUnit - 1) / D::kUnit - q0;
+  const int64_t v0 = a.value_rows[head], width = a.value_rows[head + 1] - v0;
+  float *scores = scratch, *context = scratch + kChunk * W;
+  for (int64_t i = 0; i < width * W; i += kLanes) store(context + i, Vec{});
+  Vec largest[R], total[R] = {};
+  for (int r = 0; r < R; r++) largest[r] = splat(kLowest);
+  const float* query = a.queries + (tile * a.query.N + q0) * T + t;
+  const int64_t tile_from = q.any_from / T, tile_to = (q.any_to + T - 1) / T;
+  for (int64_t from = tile_from; from < tile_to; from += kChunk / T) {
+    const int64_t to = smaller(from + kChunk / T, tile_to), keys = (to - from) * T;
+    Vec before[R];
+    for (int r = 0; r < R; r++) before[r] = largest[r];
+    for (int64_t i = from; i < to; i++)
+      score_tile<D, R>(
+          a, head, q, tile * T + t, query, a.keys + (i * a.key.N + q0) * T, dimensions, i * T, scores + (i - from) * T * W,
+          largest);
+    Vec shrink[R];
+    for (int r = 0; r < R; r++) {
+      shrink[r] = exp(before[r] - largest[r]);
+      total[r] *= shrink[r];
+    }
+    if (from != tile_from)
+      for (int64_t d = 0; d < width; d++)
+        for (int r = 0; r < R; r++) store(context + d * W + r * kLanes, load(context + d * W + r * kLanes) * shrink[r]);
+    for (int64_t key = 0; key < keys; key += D::kUnit)
+      for (int r = 0; r < R; r++) {
+        float* at = scores + key * W + r * kLanes;
+        for (int u = 0; u < D::kUnit; u++) {
+          const Vec p = exp(load(at + u * W) - largest[r]);
+          total[r] += p;
+          store(at + u * W, p);
+        }
+        if constexpr (D::kUnit == 2) store(scores + key / 2 * W + r * kLanes, words_of<D>(at, W, 2, 0, nullptr));
+      }
+    for (int64_t i = from; i < to; i++) {
+      const float* words = scores + (i - from) * T / D::kUnit * W;
+      const E* values = (const E*)(a.context_values + i * a.value.N * T) + v0 * T;
+      int64_t d = 0;
+      for (; d + kKeyBlock <= width; d += kKeyBlock)
+        add_values<D, R, kKeyBlock>(words, values + d * T, T, context + d * W);
+      for (; d < width; d++) add_values<D, R, 1>(words, values + d * T, T, context + d * W);
+    }
+  }
+  for (int r = 0; r < R; r++) total[r] = 1.0f / total[r];
+  for (int64_t d = 0; d < width; d++)
+    for (int r = 0; r < R; r++)
+      store(out + (v0 + d) * T + t + r * kLanes, load(context + d * W + r * kLanes) * total[r]);
+}
+
+}  // namespace

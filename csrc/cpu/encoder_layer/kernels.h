@@ -1,0 +1,212 @@
+// A layer in two phases, both by tiles of tokens: the projections to queries, keys and values; then, when those of all
+// tiles are there, everything else. Between them a tile's features stay in the second-level cache.
+#pragma once
+
+#include "attention.h"
+#include "project.h"
+
+namespace {
+
+// A part's scratch, cut up.
+struct Workspace {
+  float *norm, *words, *context, *hidden, *residual, *scales, *inverse, *attention;
+
+  Workspace(const EncoderLayer& a, float* scratch) {
+    const int64_t F = a.fc1.N, V = a.value.N, widest = F > a.H ? (F > V ? F : V) : (a.H > V ? a.H : V);
+    auto take = [&](int64_t rows) {
+      float* at = scratch;
+      scratch += (rows * a.T + 15) / 16 * 16;
+      return at;
+    };
+    norm = take(a.H);
+    residual = take(a.H);
+    context = take(V);
+    hidden = take(F);
+    words = take(widest + 16);
+    scales = take(1);
+    inverse = take(1);
+    attention = scratch;
+  }
+};
+
+// The rows of a tile as `p` reads them.
+template <class D>
+Words words_for(const Projection& p, const float* rows, int T, Workspace& w) {
+  if constexpr (D::kUnit == 1 && !D::kQuantized) return {rows, nullptr};
+#if defined(__AVX512BF16__)
+  if (takes_singles<D>(p)) {
+    rows_to_singles(rows, p.K, T, w.words);
+    return {w.words, nullptr};
+  }
+#endif
+  if constexpr (D::kQuantized) token_scales(rows, p.K, T, w.scales, w.inverse);
+  if constexpr (D::kUnit > 1 || D::kQuantized) rows_to_words<D>(rows, p.K, T, w.inverse, w.words);
+  return {w.words, w.scales};
+}
+
+// Projects rows to to[N][T], as operands of attention: A is what multiplies there.
+template <class D, class A, int R>
+void project_to_operand(const Projection& p, const Words& x, int T, float* to) {
+  if constexpr (A::kUnit == 1) {
+    project<D, R>(p, x, T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) { store(to + row * T + t, v); });
+  } else {  // halves of words
+    project<D, R>(p, x, T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
+      bf16 halves[kLanes];
+      store(halves, v);
+      bf16* at = (bf16*)(to + row / 2 * T + t) + row % 2;
+      for (int i = 0; i < kLanes; i++) at[2 * i] = halves[i];
+    });
+  }
+}
+
+template <class D, class A, int R>
+void project_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
+  const float* x = a.x + tile * a.H * a.T;
+  if (a.heads == 0) return;
+  if (a.pre_norm) {
+    layer_norm(x, a.H, a.T, a.norm1_weight, a.norm1_bias, a.eps, w.norm);
+    x = w.norm;
+  }
+  Words words = words_for<D>(a.query, x, a.T, w);
+  project_to_operand<D, A, R>(a.query, words, a.T, a.queries + tile * a.query.N * a.T);
+  if (takes_singles<D>(a.key) != takes_singles<D>(a.query)) words = words_for<D>(a.key, x, a.T, w);
+  project_to_operand<D, A, R>(a.key, words, a.T, a.keys + tile * a.key.N * a.T);
+  if (takes_singles<D>(a.value) != takes_singles<D>(a.key)) words = words_for<D>(a.value, x, a.T, w);
+  typename A::Element* values = (typename A::Element*)(a.context_values + tile * a.value.N * a.T);
+  project<D, R>(a.value, words, a.T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
+    store(values + row * a.T + t, v);
+  });
+}
+
+// to = from projected, plus `residual`.
+template <class D, int R>
+void project_and_add(const Projection& p, const float* from, const float* residual, int T, Workspace& w, float* to) {
+  project<D, R>(p, words_for<D>(p, from, T, w), T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
+    store(to + row * T + t, v + load(residual + row * T + t));
+  });
+}
+
+template <class D, int R, int Act>
+void project_and_activate(const Projection& p, const Words& x, int T, float* to) {
+  project<D, R>(p, x, T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
+    store(to + row * T + t, activate<Act>(v));
+  });
+}
+
+template <class D, int R>
+void project_and_activate(const Projection& p, const Words& x, int T, int activation, float* to) {
+  switch (activation) {
+    case kRelu: return project_and_activate<D, R, kRelu>(p, x, T, to);
+    case kGelu: return project_and_activate<D, R, kGelu>(p, x, T, to);
+    case kGeluTanh: return project_and_activate<D, R, kGeluTanh>(p, x, T, to);
+    default: return project_and_activate<D, R, kNone>(p, x, T, to);
+  }
+}
+
+template <class D, class A, int R>
+void rest_of_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
+  const int T = a.T;
+  const float* x = a.x + tile * a.H * T;
+  float* y = a.y + tile * a.H * T;
+  for (int t = 0; t < T && a.heads > 0; t += R * kLanes) {
+    const Queries<R> queries = queries_of<R>(a.spans, tile * T + t);
+    for (int head = 0; head < a.heads; head++) attend<A, R>(a, queries, tile, t, head, w.context, w.attention);
+  }
+  project_and_add<D, R>(a.output, w.context, x, T, w, w.residual);
+  const float* in = w.residual;
+  if (a.pre_norm) {
+    layer_norm(w.residual, a.H, T, a.norm2_weight, a.norm2_bias, a.eps, w.norm);
+    in = w.norm;
+  } else {
+    layer_norm(w.residual, a.H, T, a.norm1_weight, a.norm1_bias, a.eps, w.residual);
+  }
+  project_and_activate<D, R>(a.fc1, words_for<D>(a.fc1, in, T, w), T, a.activation, w.hidden);
+  project_and_add<D, R>(a.fc2, w.hidden, w.residual, T, w, y);
+  if (!a.pre_norm) layer_norm(y, a.H, T, a.norm2_weight, a.norm2_bias, a.eps, y);
+}
+
+template <class D, class A, int R>
+void phase_of_tiles(const EncoderLayer& a, int phase, int64_t from, int64_t to, Workspace& w) {
+  for (int64_t tile = from; tile < to; tile++)
+    phase == kEncoderProject ? project_tile<D, A, R>(a, tile, w) : rest_of_tile<D, A, R>(a, tile, w);
+}
+
+template <class D>
+void sum_share(const Projection& p, int part, int parts) {
+  if constexpr (D::kShift != 0) {
+    const int64_t block_rows = p.N / p.n;
+    sum_rows<D>(p, block_rows * part / parts * p.n, block_rows * (part + 1) / parts * p.n, p.row_sums);
+  }
+}
+
+// D multiplies weights, A attends where bfloat16 is good enough.
+template <class D, class A>
+void encoder_layer(const EncoderLayer& a, int phase, int part, int parts, float* scratch) {
+  if (phase == kEncoderSums) {
+    const Projection* const all[] = {&a.query, &a.key, &a.value, &a.output, &a.fc1, &a.fc2};
+    for (const Projection* p : all) sum_share<D>(*p, part, parts);
+    return;
+  }
+  Workspace w(a, scratch);
+  const int64_t from = a.tiles * part / parts, to = a.tiles * (part + 1) / parts;
+  constexpr int kWide = 2;
+  if constexpr (kWide * kLanes > 16)
+    if (a.T == 16) return a.half ? phase_of_tiles<D, A, 1>(a, phase, from, to, w) : phase_of_tiles<D, F32, 1>(a, phase, from, to, w);
+  a.half ? phase_of_tiles<D, A, kWide>(a, phase, from, to, w) : phase_of_tiles<D, F32, kWide>(a, phase, from, to, w);
+}
+
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+typedef Bf16Dot Attention;
+#else
+typedef F32 Attention;
+#endif
+
+// Blocks of an odd number of inputs are widened, but for those of one.
+[[maybe_unused]] void encoder_layer_bfloat(const EncoderLayer& a, int phase, int part, int parts, float* scratch) {
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  bool pairs = true;
+  const Projection* const all[] = {&a.query, &a.key, &a.value, &a.output, &a.fc1, &a.fc2};
+  for (const Projection* p : all)
+    pairs = pairs && (p->k % 2 == 0 || takes_singles<Bf16Dot>(*p));
+  if (pairs) return encoder_layer<Bf16Dot, Attention>(a, phase, part, parts, scratch);
+#endif
+  encoder_layer<Bf16Wide, Attention>(a, phase, part, parts, scratch);
+}
+
+template <template <class> class I8>
+void encoder_layer_int8(const EncoderLayer& a, int phase, int part, int parts, float* scratch) {
+  encoder_layer<I8<float>, Attention>(a, phase, part, parts, scratch);
+}
+
+template <class E>
+void pack_share(const EncoderRows& a, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; i++)
+    pack_rows((const E*)a.x, a.source + i * a.T, a.H, a.T, a.stream + i * a.H * a.T);
+}
+
+template <class E>
+void unpack_share(const EncoderRows& a, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; i++)
+    unpack_rows(a.stream + i * a.H * a.T, a.source + i * a.T, a.H, a.T, (E*)a.y);
+}
+
+[[maybe_unused]] void encoder_pack(const EncoderRows& a, int part, int parts, float*) {
+  const int64_t from = a.tiles * part / parts, to = a.tiles * (part + 1) / parts;
+  a.half ? pack_share<bf16>(a, from, to) : pack_share<float>(a, from, to);
+}
+
+[[maybe_unused]] void encoder_unpack(const EncoderRows& a, int part, int parts, float*) {
+  const int64_t from = a.tiles * part / parts, to = a.tiles * (part + 1) / parts;
+  a.half ? unpack_share<bf16>(a, from, to) : unpack_share<float>(a, from, to);
+}
+
+}  // namespace
+
+#define SNLP_ENCODER_LAYER(name, ...)                                                                    \
+  void encoder_layer_##name(const EncoderLayer& a, int phase, int part, int parts, float* scratch) {     \
+    __VA_ARGS__(a, phase, part, parts, scratch);                                                         \
+  }
+
+#define SNLP_ENCODER_ROWS(name)                                                                          \
+  void encoder_pack_##name(const EncoderRows& a, int part, int parts, float* s) { encoder_pack(a, part, parts, s); } \
+  void encoder_unpack_##name(const EncoderRows& a, int part, int parts, float* s) { encoder_unpack(a, part, parts, s); }

@@ -1,0 +1,74 @@
+// Projections of a tile whose features lie in words: the micro-kernels of bsr_linear, 16 outputs at a time, whose
+// sums stay feature-major.
+#pragma once
+
+#include "../bsr_linear/many_tokens.h"
+#include "../bsr_linear/pairs.h"
+#include "rows.h"
+
+namespace {
+
+// A tile as a projection reads it.
+struct Words {
+  const float* words;
+  const float* scales;  // int8: of each token
+};
+
+// Whether bfloat16 weights meet singles (see rows.h) instead of words.
+template <class D>
+SNLP_INLINE bool takes_singles(const Projection& p) {
+#if defined(__AVX512BF16__)
+  return !D::kQuantized && D::kUnit == 2 && p.k == 1;
+#else
+  return false;
+#endif
+}
+
+template <class D>
+using GroupFn = void(const Projection&, const float*, int64_t, const int32_t*, int64_t, int64_t, float*);
+
+template <class D, class B, int R>
+void group_of(
+    const Projection& p, const float* words, int64_t ld, const int32_t* row_sums, int64_t row0, int64_t rows, float* out) {
+  B::template group<D, R>(p, words, ld, row_sums, row0, rows, out);
+}
+
+template <class D, int BN, int R>
+GroupFn<D>* choose_group(const Projection& p) {
+#if defined(__AVX512BF16__)
+  if constexpr (!D::kQuantized && D::kUnit == 2)
+    if (p.k == 1) return group_of<D, PairedColumns<BN>, R>;
+#endif
+  return p.k == D::kUnit ? group_of<D, Blocks<BN, 0, true>, R> : group_of<D, Blocks<BN, 0, false>, R>;
+}
+
+template <class D, int R>
+GroupFn<D>* choose_group(const Projection& p) {
+  if (p.n % 8 == 0) return choose_group<D, kRegisters == 32 ? 8 : 4, R>(p);
+  if (p.n % 4 == 0) return choose_group<D, 4, R>(p);
+  return p.n % 2 == 0 ? choose_group<D, 2, R>(p) : choose_group<D, 1, R>(p);
+}
+
+// sink(row, t, v): the outputs v of kLanes tokens from t on, for every row in order; all tokens of a row pair
+// or more come before the next group of 16 rows.
+template <class D, int R, class Sink>
+SNLP_INLINE void project(const Projection& p, const Words& x, int T, Sink sink) {
+  constexpr int W = R * kLanes;
+  alignas(64) float out[kGroup * W];
+  const bool singles = takes_singles<D>(p);
+  GroupFn<D>* group = choose_group<D, R>(p);
+  for (int64_t row0 = 0; row0 < p.N; row0 += kGroup) {
+    const int64_t rows = smaller(kGroup, p.N - row0);
+    for (int t0 = 0; t0 < T; t0 += W) {
+      group(p, x.words + t0, singles ? 16 : T, p.row_sums, row0, rows, out);
+      for (int64_t j = 0; j < rows; j++)
+        for (int t = 0; t < W; t += kLanes) {
+          Vec v = D::template value<kLanes>((typename D::template Sum<kLanes>)load(out + j * W + t));
+          if constexpr (D::kQuantized) v *= load(x.scales + t0 + t) * p.scales[row0 + j];
+          sink(row0 + j, t0 + t, v + p.bias[row0 + j]);
+        }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,133 @@
+// Feature-major rows of a tile: [features][T] floats, lanes over tokens. What a layer does to them beside
+// multiplying, and how they become the words that a projection multiplies.
+#pragma once
+
+#include "../tile.h"
+#include "encoder_layer.h"
+
+namespace {
+
+SNLP_INLINE Vec square_root(Vec v) {
+  for (int i = 0; i < kLanes; i++) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+
+// to[H][T] = LayerNorm(from[H][T]) over the features of each token; may be in place.
+void layer_norm(const float* from, int64_t H, int T, const float* weight, const float* bias, float eps, float* to) {
+  for (int t = 0; t < T; t += kLanes) {
+    Vec sum[4] = {};
+    int64_t h = 0;
+    for (; h + 4 <= H; h += 4)
+      for (int u = 0; u < 4; u++) sum[u] += load(from + (h + u) * T + t);
+    for (; h < H; h++) sum[0] += load(from + h * T + t);
+    const Vec mean = (sum[0] + sum[1] + sum[2] + sum[3]) * (1.0f / H);
+    Vec squares[4] = {};
+    for (h = 0; h + 4 <= H; h += 4)
+      for (int u = 0; u < 4; u++) {
+        const Vec d = load(from + (h + u) * T + t) - mean;
+        squares[u] += d * d;
+      }
+    for (; h < H; h++) {
+      const Vec d = load(from + h * T + t) - mean;
+      squares[0] += d * d;
+    }
+    const Vec variance = (squares[0] + squares[1] + squares[2] + squares[3]) * (1.0f / H);
+    const Vec inverse = 1.0f / square_root(variance + eps), shift = -mean * inverse;
+    for (h = 0; h < H; h++) store(to + h * T + t, (load(from + h * T + t) * inverse + shift) * weight[h] + bias[h]);
+  }
+}
+
+// The scale of each token of rows [K][T] that maps its largest magnitude to 127, and what to multiply by.
+void token_scales(const float* rows, int64_t K, int T, float* scales, float* inverse) {
+  for (int t = 0; t < T; t += kLanes) {
+    VecI most = {};
+    for (int64_t k = 0; k < K; k++) {
+      const VecI bits = (VecI)load(rows + k * T + t) & 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    const Vec scale = most == 0 ? splat(1.0f) : (Vec)most * (1.0f / 127);
+    store(scales + t, scale);
+    store(inverse + t, 1.0f / scale);
+  }
+}
+
+// How the rows of a tile are given to a projection with weights of dtype D.
+//   words    [K / kUnit][T]: kUnit features of a token in a word
+//   singles  [K][16]: a feature of 32 tokens in a row, 16 bits each, in the order that pairs.h wants
+template <class D>
+SNLP_INLINE Vec words_of(const float* rows, int T, int64_t left, int t, const float* inverse) {
+  if constexpr (D::kQuantized) {
+    constexpr int bits = 32 / D::kUnit;
+    VecI word = {};
+    for (int u = 0; u < D::kUnit; u++) {
+      const Vec v = u < left ? load(rows + u * T + t) * load(inverse + t) : Vec{};
+      const VecI q = D::template to_int<kLanes>(v, D::kShift);
+      word |= (bits == 32 ? q : q & (int32_t)((1u << (bits & 31)) - 1)) << bits * u;
+    }
+    return (Vec)word;
+  }
+#if defined(__AVX512BF16__)
+  const __m512 v = (__m512)load(rows + t), next = left > 1 ? (__m512)load(rows + T + t) : __m512{};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(next, v);
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec)_mm512_permutexvar_epi16(order, both);
+#else
+  uint16_t low[kLanes], high[kLanes];
+  store((bf16*)low, load(rows + t));
+  store((bf16*)high, left > 1 ? load(rows + T + t) : Vec{});
+  typedef typename Lanes<uint16_t, kLanes>::type Halves;
+  const auto wide = [](const uint16_t* p) {
+    return __builtin_convertvector(*(const Halves*)p, typename Lanes<uint32_t, kLanes>::type);
+  };
+  return (Vec)(wide(low) | wide(high) << 16);
+#endif
+}
+
+template <class D>
+void rows_to_words(const float* rows, int64_t K, int T, const float* inverse, float* words) {
+  for (int64_t k = 0; k < K; k += D::kUnit)
+    for (int t = 0; t < T; t += kLanes)
+      store(words + k / D::kUnit * T + t, words_of<D>(rows + k * T, T, K - k, t, inverse));
+}
+
+#if defined(__AVX512BF16__)
+SNLP_INLINE void store_single(float* to, Vec first, Vec second) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  store(to, (Vec)_mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), both));
+}
+
+void rows_to_singles(const float* rows, int64_t K, int T, float* words) {
+  for (int64_t k = 0; k < K; k++)
+    store_single(words + k * 16, load(rows + k * T), T > 16 ? load(rows + k * T + 16) : Vec{});
+}
+#endif
+
+// Rows [begin, end) of x (row-major, `H` columns) at the places of a tile's tokens; 0 where there is none.
+template <class E>
+void pack_rows(const E* x, const int32_t* source, int64_t H, int T, float* tile) {
+  for (int t = 0; t < T; t += kLanes)
+    for (int64_t h = 0; h < H; h += kLanes) {
+      const int64_t wide = smaller(kLanes, H - h);
+      Vec r[kLanes];
+      for (int i = 0; i < kLanes; i++)
+        r[i] = source[t + i] < 0 ? Vec{} : load_first(x + source[t + i] * H + h, wide);
+      transpose(r);
+      for (int i = 0; i < wide; i++) store(tile + (h + i) * T + t, r[i]);
+    }
+}
+
+template <class E>
+void unpack_rows(const float* tile, const int32_t* source, int64_t H, int T, E* y) {
+  for (int t = 0; t < T; t += kLanes)
+    for (int64_t h = 0; h < H; h += kLanes) {
+      const int64_t wide = smaller(kLanes, H - h);
+      Vec r[kLanes];
+      for (int i = 0; i < kLanes; i++) r[i] = i < wide ? load(tile + (h + i) * T + t) : Vec{};
+      transpose(r);
+      for (int i = 0; i < kLanes; i++)
+        if (source[t + i] >= 0) store_first(y + source[t + i] * H + h, r[i], wide);
+    }
+}
+
+}  // namespace
