@@ -148,7 +148,8 @@ Tensor encoder_layer(
   }
   STD_TORCH_CHECK(precision == "float32" || precision == "bfloat16",
                   "encoder_layer: expected precision float32 or bfloat16, got ", precision);
-  a.half = precision == "bfloat16" && dtype != ScalarType::Float && all_even(query_rows);
+  a.half = precision == "bfloat16" && dtype != ScalarType::Float;
+  a.half_attention = a.half && all_even(query_rows);
   a.scale = static_cast<float>(scale);
   a.eps = static_cast<float>(eps);
   a.pre_norm = pre_norm;

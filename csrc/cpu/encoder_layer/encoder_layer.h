@@ -43,7 +43,7 @@ struct EncoderLayer {
   float scale, eps;
   int activation;  // enum Activation
   bool pre_norm;
-  bool half;  // attention in bfloat16, where the instruction set multiplies it
+  bool half, half_attention;  // inputs of projections, and of attention, may be bfloat16 where that is fast
   // For each tile its queries, keys and values, feature-major; 4-byte words.
   float *queries, *keys, *context_values;
 

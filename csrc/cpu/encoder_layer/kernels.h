@@ -151,8 +151,8 @@ void encoder_layer(const EncoderLayer& a, int phase, int part, int parts, float*
   const int64_t from = a.tiles * part / parts, to = a.tiles * (part + 1) / parts;
   constexpr int kWide = 2;
   if constexpr (kWide * kLanes > 16)
-    if (a.T == 16) return a.half ? phase_of_tiles<D, A, 1>(a, phase, from, to, w) : phase_of_tiles<D, F32, 1>(a, phase, from, to, w);
-  a.half ? phase_of_tiles<D, A, kWide>(a, phase, from, to, w) : phase_of_tiles<D, F32, kWide>(a, phase, from, to, w);
+    if (a.T == 16) return a.half_attention ? phase_of_tiles<D, A, 1>(a, phase, from, to, w) : phase_of_tiles<D, F32, 1>(a, phase, from, to, w);
+  a.half_attention ? phase_of_tiles<D, A, kWide>(a, phase, from, to, w) : phase_of_tiles<D, F32, kWide>(a, phase, from, to, w);
 }
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
@@ -161,10 +161,11 @@ typedef Bf16Dot Attention;
 typedef F32 Attention;
 #endif
 
-// Blocks of an odd number of inputs are widened, but for those of one.
+// bfloat16 weights: widened, unless the activations may be bfloat16 as well and blocks have an even number of inputs, or
+// one.
 [[maybe_unused]] void encoder_layer_bfloat(const EncoderLayer& a, int phase, int part, int parts, float* scratch) {
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  bool pairs = true;
+  bool pairs = a.half;
   const Projection* const all[] = {&a.query, &a.key, &a.value, &a.output, &a.fc1, &a.fc2};
   for (const Projection* p : all)
     pairs = pairs && (p->k % 2 == 0 || takes_singles<Bf16Dot>(*p));
