@@ -1,4 +1,4 @@
-"""The native build: one static library per instruction set, one abi3 extension on torch's stable ABI."""
+"""The native build: one static library per op and instruction set, one abi3 extension on torch's stable ABI."""
 
 import importlib.util
 import os
@@ -39,6 +39,7 @@ def isa_flags():
 
 ISA_FLAGS = isa_flags()
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
+SHARES_KERNELS_OF = {"encoder_layer": "bsr_linear", "decoder_layer": "bsr_linear"}
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 
 
@@ -87,8 +88,14 @@ def torch_directory():
     return root
 
 
+def headers(op):
+    """What the kernels of an op include: a change elsewhere need not compile them again."""
+    folders = (op.parent, op, op.parent / SHARES_KERNELS_OF.get(op.name, op.name))
+    return [path for path in HEADERS if Path(path).parent in folders]
+
+
 class BuildLibraries(build_clib):
-    """One library per instruction set, as many at a time as there are CPUs."""
+    """One library per op and instruction set, as many at a time as there are CPUs."""
 
     def build_libraries(self, libraries):
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
@@ -101,17 +108,18 @@ def native_parts():
     if not building():
         return {}
     torch = torch_directory()
-    isas = ISA_FLAGS[platform.machine()]
     libraries = [
         (
-            f"sparsenlp_{isa}",
+            f"sparsenlp_{op.name}_{isa}",
             {
-                "sources": sorted(map(str, Path("csrc/cpu").glob(f"*/{isa}.cpp"))),
+                "sources": [str(op / f"{isa}.cpp")],
                 "cflags": [*CXX_FLAGS, *flags],
-                "obj_deps": {"": HEADERS},
+                "obj_deps": {"": headers(op)},
             },
         )
-        for isa, flags in isas.items()
+        for op in sorted(path for path in Path("csrc/cpu").iterdir() if path.is_dir())
+        for isa, flags in ISA_FLAGS[platform.machine()].items()
+        if (op / f"{isa}.cpp").exists()
     ]
     extension = Extension(
         "sparsenlp._C",

@@ -29,6 +29,21 @@ SNLP_INLINE Vec exp(Vec x) {
   return x == x ? y : x;
 }
 
+// 2^x for x <= 0, to 3e-7 of it; 2^-126 below that, and some number for NaN.
+SNLP_INLINE Vec exp2_below(Vec x) {
+  const Vec clamped = max(x, splat(-126.0f));
+  const float round = 12582912.0f;
+  const Vec shifted = clamped + round;
+  const Vec r = clamped - (shifted - round);
+  Vec p = splat(1.3400432e-3f);
+  p = p * r + 9.6760371e-3f;
+  p = p * r + 5.5503272e-2f;
+  p = p * r + 2.4022107e-1f;
+  p = p * r + 6.9314721e-1f;
+  p = p * r + 1.0000000755f;
+  return (Vec)((VecI)p + ((VecI)shifted << 23));
+}
+
 // erf(x) to 3e-7: x * P(x^2) / Q(x^2) on [-4, 4] (Eigen's rational fit), +-1 beyond; NaN passes through.
 SNLP_INLINE Vec erf(Vec x) {
   const Vec s = x * x;

@@ -1,6 +1,6 @@
 // Attention of one head for the tokens of a tile, with lanes over queries: scores, softmax and context need no
 // transpose and no sum across lanes. Keys are worked off in chunks with a running maximum (Milakov and Gimelshein
-// 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+// 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), and scores are in units of ln 2, for exp2.
 //
 // D says how queries, keys, probabilities and values are multiplied: F32, or Bf16Dot. Queries and keys lie as
 // [dimension / kUnit][T] words, values as [dimension][T] elements.
@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kKeyBlock = kRegisters == 32 ? 8 : 4;  // keys, or dimensions, whose sums are in registers
 constexpr int kChunk = 128;                          // keys between two looks at the maximum
+constexpr float kLog2e = 1.44269504089f;
 constexpr float kMasked = -__builtin_inff();
 constexpr float kLowest = -1e30f;  // finite, so that kMasked - kLowest is no NaN
 
@@ -73,8 +74,8 @@ SNLP_INLINE void score_tile(
     SNLP_UNROLL for (int j = 0; j < B; j++)
       SNLP_UNROLL for (int r = 0; r < R; r++) {
         const int32_t at = (int32_t)(key0 + j0 + j);
-        Vec s = sum[j][r] * a.scale;
-        if (a.position_bias) s += position_bias(a, head, token0 + r * kLanes, q.first[r], at);
+        Vec s = sum[j][r] * (a.scale * kLog2e);
+        if (a.position_bias) s += position_bias(a, head, token0 + r * kLanes, q.first[r], at) * kLog2e;
         if (masked) s = ((q.first[r] <= at) & (q.last[r] > at)) ? s : splat(kMasked);
         largest[r] = max(largest[r], s);
         store(scores + (j0 + j) * W + r * kLanes, s);
@@ -126,7 +127,7 @@ void attend(const EncoderLayer& a, const Queries<R>& q, int64_t tile, int t, int
           largest);
     Vec shrink[R];
     for (int r = 0; r < R; r++) {
-      shrink[r] = exp(before[r] - largest[r]);
+      shrink[r] = exp2_below(before[r] - largest[r]);
       total[r] *= shrink[r];
     }
     if (from != tile_from)
@@ -136,11 +137,11 @@ void attend(const EncoderLayer& a, const Queries<R>& q, int64_t tile, int t, int
       for (int r = 0; r < R; r++) {
         float* at = scores + key * W + r * kLanes;
         for (int u = 0; u < D::kUnit; u++) {
-          const Vec p = exp(load(at + u * W) - largest[r]);
+          const Vec p = exp2_below(load(at + u * W) - largest[r]);
           total[r] += p;
           store(at + u * W, p);
         }
-        if constexpr (D::kUnit == 2) store(scores + key / 2 * W + r * kLanes, words_of<D>(at, W, 2, 0, nullptr));
+        if constexpr (D::kUnit == 2) store(scores + key / 2 * W + r * kLanes, pair_words(load(at), load(at + W)));
       }
     for (int64_t i = from; i < to; i++) {
       const float* words = scores + (i - from) * T / D::kUnit * W;

@@ -44,19 +44,13 @@ Words words_for(const Projection& p, const float* rows, int T, Workspace& w) {
   return {w.words, w.scales};
 }
 
-// Projects rows to to[N][T], as operands of attention: A is what multiplies there.
+// Queries or keys, as A multiplies them.
 template <class D, class A, int R>
 void project_to_operand(const Projection& p, const Words& x, int T, float* to) {
-  if constexpr (A::kUnit == 1) {
-    project<D, R>(p, x, T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) { store(to + row * T + t, v); });
-  } else {  // halves of words
-    project<D, R>(p, x, T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
-      bf16 halves[kLanes];
-      store(halves, v);
-      bf16* at = (bf16*)(to + row / 2 * T + t) + row % 2;
-      for (int i = 0; i < kLanes; i++) at[2 * i] = halves[i];
-    });
-  }
+  if constexpr (A::kUnit == 2)
+    project_to_pairs<D, R>(p, x, T, to, [](Vec v) { return v; });
+  else
+    project_to_rows<D, R>(p, x, T, to, [](Vec v, int64_t, int) { return v; });
 }
 
 template <class D, class A, int R>
@@ -73,33 +67,44 @@ void project_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
   project_to_operand<D, A, R>(a.key, words, a.T, a.keys + tile * a.key.N * a.T);
   if (takes_singles<D>(a.value) != takes_singles<D>(a.key)) words = words_for<D>(a.value, x, a.T, w);
   typename A::Element* values = (typename A::Element*)(a.context_values + tile * a.value.N * a.T);
-  project<D, R>(a.value, words, a.T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
-    store(values + row * a.T + t, v);
-  });
+  project_to_rows<D, R>(a.value, words, a.T, values, [](Vec v, int64_t, int) { return v; });
 }
 
-// to = from projected, plus `residual`.
+// to = residual + p(x).
 template <class D, int R>
-void project_and_add(const Projection& p, const float* from, const float* residual, int T, Workspace& w, float* to) {
-  project<D, R>(p, words_for<D>(p, from, T, w), T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
-    store(to + row * T + t, v + load(residual + row * T + t));
+void project_and_add(const Projection& p, const Words& x, const float* residual, int T, float* to) {
+  project_to_rows<D, R>(p, x, T, to, [&](Vec v, int64_t row, int t) __attribute__((always_inline)) {
+    return v + load(residual + row * T + t);
   });
 }
 
+// act(p(x)) as `next` reads it, in w.hidden.
 template <class D, int R, int Act>
-void project_and_activate(const Projection& p, const Words& x, int T, float* to) {
-  project<D, R>(p, x, T, [&](int64_t row, int t, Vec v) __attribute__((always_inline)) {
-    store(to + row * T + t, activate<Act>(v));
-  });
+Words project_and_activate(const Projection& p, const Words& x, int T, const Projection& next, Workspace& w) {
+  const auto act = [](Vec v) __attribute__((always_inline)) { return activate<Act>(v); };
+#if defined(__AVX512BF16__)
+  if (takes_singles<D>(next)) {
+    project_to_singles<D, R>(p, x, T, w.hidden, act);
+    return {w.hidden, nullptr};
+  }
+#endif
+  if constexpr (D::kUnit == 2 && !D::kQuantized) {
+    project_to_pairs<D, R>(p, x, T, w.hidden, act);
+    return {w.hidden, nullptr};
+  } else {
+    project_to_rows<D, R>(p, x, T, w.hidden, [&](Vec v, int64_t, int) __attribute__((always_inline)) { return act(v); });
+    return words_for<D>(next, w.hidden, T, w);
+  }
 }
 
 template <class D, int R>
-void project_and_activate(const Projection& p, const Words& x, int T, int activation, float* to) {
+Words project_and_activate(
+    const Projection& p, const Words& x, int T, int activation, const Projection& next, Workspace& w) {
   switch (activation) {
-    case kRelu: return project_and_activate<D, R, kRelu>(p, x, T, to);
-    case kGelu: return project_and_activate<D, R, kGelu>(p, x, T, to);
-    case kGeluTanh: return project_and_activate<D, R, kGeluTanh>(p, x, T, to);
-    default: return project_and_activate<D, R, kNone>(p, x, T, to);
+    case kRelu: return project_and_activate<D, R, kRelu>(p, x, T, next, w);
+    case kGelu: return project_and_activate<D, R, kGelu>(p, x, T, next, w);
+    case kGeluTanh: return project_and_activate<D, R, kGeluTanh>(p, x, T, next, w);
+    default: return project_and_activate<D, R, kNone>(p, x, T, next, w);
   }
 }
 
@@ -112,7 +117,7 @@ void rest_of_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
     const Queries<R> queries = queries_of<R>(a.spans, tile * T + t);
     for (int head = 0; head < a.heads; head++) attend<A, R>(a, queries, tile, t, head, w.context, w.attention);
   }
-  project_and_add<D, R>(a.output, w.context, x, T, w, w.residual);
+  project_and_add<D, R>(a.output, words_for<D>(a.output, w.context, T, w), x, T, w.residual);
   const float* in = w.residual;
   if (a.pre_norm) {
     layer_norm(w.residual, a.H, T, a.norm2_weight, a.norm2_bias, a.eps, w.norm);
@@ -120,8 +125,8 @@ void rest_of_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
   } else {
     layer_norm(w.residual, a.H, T, a.norm1_weight, a.norm1_bias, a.eps, w.residual);
   }
-  project_and_activate<D, R>(a.fc1, words_for<D>(a.fc1, in, T, w), T, a.activation, w.hidden);
-  project_and_add<D, R>(a.fc2, w.hidden, w.residual, T, w, y);
+  const Words hidden = project_and_activate<D, R>(a.fc1, words_for<D>(a.fc1, in, T, w), T, a.activation, a.fc2, w);
+  project_and_add<D, R>(a.fc2, hidden, w.residual, T, y);
   if (!a.pre_norm) layer_norm(y, a.H, T, a.norm2_weight, a.norm2_bias, a.eps, y);
 }
 

@@ -49,8 +49,8 @@ GroupFn<D>* choose_group(const Projection& p) {
   return p.n % 2 == 0 ? choose_group<D, 2, R>(p) : choose_group<D, 1, R>(p);
 }
 
-// sink(row, t, v): the outputs v of kLanes tokens from t on, for every row in order; all tokens of a row pair
-// or more come before the next group of 16 rows.
+// sink(row0, rows, t0, at) for every 16 rows and the W tokens from t0 on: at(j, t) is the output of row row0 + j for the
+// kLanes tokens from t0 + t on.
 template <class D, int R, class Sink>
 SNLP_INLINE void project(const Projection& p, const Words& x, int T, Sink sink) {
   constexpr int W = R * kLanes;
@@ -61,14 +61,44 @@ SNLP_INLINE void project(const Projection& p, const Words& x, int T, Sink sink) 
     const int64_t rows = smaller(kGroup, p.N - row0);
     for (int t0 = 0; t0 < T; t0 += W) {
       group(p, x.words + t0, singles ? 16 : T, p.row_sums, row0, rows, out);
-      for (int64_t j = 0; j < rows; j++)
-        for (int t = 0; t < W; t += kLanes) {
-          Vec v = D::template value<kLanes>((typename D::template Sum<kLanes>)load(out + j * W + t));
-          if constexpr (D::kQuantized) v *= load(x.scales + t0 + t) * p.scales[row0 + j];
-          sink(row0 + j, t0 + t, v + p.bias[row0 + j]);
-        }
+      sink(row0, rows, t0, [&](int64_t j, int t) __attribute__((always_inline)) {
+        Vec v = D::template value<kLanes>((typename D::template Sum<kLanes>)load(out + j * W + t));
+        if constexpr (D::kQuantized) v *= load(x.scales + t0 + t) * p.scales[row0 + j];
+        return v + p.bias[row0 + j];
+      });
     }
   }
 }
+
+// The outputs as rows to[N][T] of E; change(v, row, t) has the last word.
+template <class D, int R, class E, class Change>
+SNLP_INLINE void project_to_rows(const Projection& p, const Words& x, int T, E* to, Change change) {
+  project<D, R>(p, x, T, [&](int64_t row0, int64_t rows, int t0, auto at) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < rows; j++)
+      SNLP_UNROLL for (int t = 0; t < R * kLanes; t += kLanes)
+        store(to + (row0 + j) * T + t0 + t, change(at(j, t), row0 + j, t0 + t));
+  });
+}
+
+// The outputs as words of two bfloat16 rows each, to[N / 2][T].
+template <class D, int R, class Change>
+SNLP_INLINE void project_to_pairs(const Projection& p, const Words& x, int T, float* to, Change change) {
+  project<D, R>(p, x, T, [&](int64_t row0, int64_t rows, int t0, auto at) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < rows; j += 2)
+      SNLP_UNROLL for (int t = 0; t < R * kLanes; t += kLanes)
+        store(to + (row0 + j) / 2 * T + t0 + t, pair_words(change(at(j, t)), j + 1 < rows ? change(at(j + 1, t)) : Vec{}));
+  });
+}
+
+#if defined(__AVX512BF16__)
+// The outputs as singles, to[N][16].
+template <class D, int R, class Change>
+SNLP_INLINE void project_to_singles(const Projection& p, const Words& x, int T, float* to, Change change) {
+  project<D, R>(p, x, T, [&](int64_t row0, int64_t rows, int, auto at) __attribute__((always_inline)) {
+    for (int64_t j = 0; j < rows; j++)
+      store_single(to + (row0 + j) * 16, change(at(j, 0)), R > 1 ? change(at(j, 16)) : Vec{});
+  });
+}
+#endif
 
 }  // namespace

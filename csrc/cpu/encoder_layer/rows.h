@@ -51,44 +51,23 @@ void token_scales(const float* rows, int64_t K, int T, float* scales, float* inv
   }
 }
 
-// How the rows of a tile are given to a projection with weights of dtype D.
+// How the rows of a tile are given to a projection with weights of dtype D:
 //   words    [K / kUnit][T]: kUnit features of a token in a word
 //   singles  [K][16]: a feature of 32 tokens in a row, 16 bits each, in the order that pairs.h wants
-template <class D>
-SNLP_INLINE Vec words_of(const float* rows, int T, int64_t left, int t, const float* inverse) {
-  if constexpr (D::kQuantized) {
-    constexpr int bits = 32 / D::kUnit;
-    VecI word = {};
-    for (int u = 0; u < D::kUnit; u++) {
-      const Vec v = u < left ? load(rows + u * T + t) * load(inverse + t) : Vec{};
-      const VecI q = D::template to_int<kLanes>(v, D::kShift);
-      word |= (bits == 32 ? q : q & (int32_t)((1u << (bits & 31)) - 1)) << bits * u;
-    }
-    return (Vec)word;
-  }
+
+// Words of two bfloat16.
+SNLP_INLINE Vec pair_words(Vec low, Vec high) {
 #if defined(__AVX512BF16__)
-  const __m512 v = (__m512)load(rows + t), next = left > 1 ? (__m512)load(rows + T + t) : __m512{};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(next, v);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   const __m512i order = _mm512_set_epi16(
       31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (Vec)_mm512_permutexvar_epi16(order, both);
 #else
-  uint16_t low[kLanes], high[kLanes];
-  store((bf16*)low, load(rows + t));
-  store((bf16*)high, left > 1 ? load(rows + T + t) : Vec{});
-  typedef typename Lanes<uint16_t, kLanes>::type Halves;
-  const auto wide = [](const uint16_t* p) {
-    return __builtin_convertvector(*(const Halves*)p, typename Lanes<uint32_t, kLanes>::type);
-  };
-  return (Vec)(wide(low) | wide(high) << 16);
+  bf16 halves[2][kLanes];
+  store(halves[0], low);
+  store(halves[1], high);
+  return (Vec)((WordsL<kLanes>)load(halves[0]) >> 16 | (WordsL<kLanes>)load(halves[1]));
 #endif
-}
-
-template <class D>
-void rows_to_words(const float* rows, int64_t K, int T, const float* inverse, float* words) {
-  for (int64_t k = 0; k < K; k += D::kUnit)
-    for (int t = 0; t < T; t += kLanes)
-      store(words + k / D::kUnit * T + t, words_of<D>(rows + k * T, T, K - k, t, inverse));
 }
 
 #if defined(__AVX512BF16__)
@@ -96,7 +75,36 @@ SNLP_INLINE void store_single(float* to, Vec first, Vec second) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   store(to, (Vec)_mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), both));
 }
+#endif
 
+// Words of kUnit int8 or int16 from rows [kUnit][T] times `inverse`, of which `left` exist. |row * inverse| <= 127, so
+// adding 1.5 * 2^23 leaves the rounded number in the low bits.
+template <class D>
+SNLP_INLINE Vec quantized_words(const float* rows, int T, int64_t left, Vec inverse) {
+  constexpr int bits = 32 / D::kUnit;
+  constexpr int32_t mask = bits == 32 ? -1 : (1 << (bits & 31)) - 1;
+  VecI word = {};
+  SNLP_UNROLL for (int u = 0; u < D::kUnit; u++) {
+    const Vec v = u < left ? load(rows + u * T) : Vec{};
+    const VecI q = (VecI)(v * inverse + (12582912.0f + D::kShift)) - (bits == 32 ? 0x4b400000 : 0);
+    word |= (q & mask) << bits * u;
+  }
+  return (Vec)word;
+}
+
+template <class D>
+void rows_to_words(const float* rows, int64_t K, int T, const float* inverse, float* words) {
+  for (int64_t k = 0; k < K; k += D::kUnit)
+    for (int t = 0; t < T; t += kLanes) {
+      const float* at = rows + k * T + t;
+      if constexpr (D::kQuantized)
+        store(words + k / D::kUnit * T + t, quantized_words<D>(at, T, K - k, load(inverse + t)));
+      else
+        store(words + k / D::kUnit * T + t, pair_words(load(at), k + 1 < K ? load(at + T) : Vec{}));
+    }
+}
+
+#if defined(__AVX512BF16__)
 void rows_to_singles(const float* rows, int64_t K, int T, float* words) {
   for (int64_t k = 0; k < K; k++)
     store_single(words + k * 16, load(rows + k * T), T > 16 ? load(rows + k * T + 16) : Vec{});
