@@ -73,8 +73,8 @@ int64_t check_stream(const Tensor& stream, const Tensor& spans) {
 
 Projection projection(const char* name, const Tensors& t, ScalarType dtype, int64_t N, int64_t K) {
   const bool quantized = dtype == ScalarType::Char;
-  STD_TORCH_CHECK(t.size() == (quantized ? 5 : 4), "encoder_layer: expected ", name,
-                  " as crow_indices, col_indices, values, bias, and scales with int8 values");
+  STD_TORCH_CHECK(t.size() == (quantized ? 5 : 4) || (quantized && t.size() == 6), "encoder_layer: expected ", name,
+                  " as crow_indices, col_indices, values, bias, and with int8 values scales and perhaps row_sums");
   const Tensor &crow = t[0], &col = t[1], &values = t[2];
   STD_TORCH_CHECK(is_plain(crow, ScalarType::Int, 1) && is_plain(col, ScalarType::Int, 1) && is_plain(values, dtype, 3),
                   "encoder_layer: expected contiguous int32 indices and (nnzb, n, k) values of one dtype in ", name);
@@ -91,6 +91,11 @@ Projection projection(const char* name, const Tensors& t, ScalarType dtype, int6
   p.values = values.data_ptr();
   p.bias = floats(t[3], N, "a bias");
   p.scales = quantized ? floats(t[4], N, "scales") : nullptr;
+  if (t.size() == 6) {
+    STD_TORCH_CHECK(is_plain(t[5], ScalarType::Int, 1) && t[5].size(0) == N,
+                    "encoder_layer: expected contiguous int32 row_sums of shape (", N, ")");
+    p.row_sums = static_cast<int32_t*>(t[5].data_ptr());
+  }
   p.N = N;
   p.K = K;
   return p;
@@ -170,10 +175,11 @@ Tensor encoder_layer(
   int64_t stored = 0;
   std::vector<int32_t> row_sums;
   for (Projection* p : all) stored += int64_t{p->crow[p->N / p->n]} * p->n * p->k;
-  if (dtype == ScalarType::Char) {
+  const bool sums_missing = dtype == ScalarType::Char && !a.fc2.row_sums;
+  if (sums_missing) {
     size_t rows = 0;
     for (Projection* p : all) rows += p->N;
-    row_sums.resize(rows + 16);
+    row_sums.resize(rows);
     int32_t* at = row_sums.data();
     for (Projection* p : all) p->row_sums = at, at += p->N;
   }
@@ -184,7 +190,7 @@ Tensor encoder_layer(
     run_parts([&](const EncoderLayer& args, int part, int parts, float* scratch) { kernel(args, phase, part, parts, scratch); },
               a, work);
   };
-  if (dtype == ScalarType::Char) run(kEncoderSums, stored / 8);
+  if (sums_missing) run(kEncoderSums, stored / 8);
   run(kEncoderProject, a.tokens * stored);
   run(kEncoderRest, a.tokens * stored);
   return y;

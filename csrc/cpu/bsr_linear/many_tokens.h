@@ -107,7 +107,7 @@ struct Blocks {
       const int64_t first = a.crow[block_row], count = a.crow[block_row + 1] - first;
       tile_rows<D, BN, R, N1, K1>(
           words, ld, a.col + first, count, (const typename D::Weight*)a.values + (first * a.n + inside) * a.k, a.n, a.k,
-          row_sums + row0 + j, out + j * R * kLanes);
+          D::kShift ? row_sums + row0 + j : row_sums, out + j * R * kLanes);
     }
   }
 };

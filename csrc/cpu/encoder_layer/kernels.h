@@ -81,7 +81,8 @@ void project_and_add(const Projection& p, const Words& x, const float* residual,
 // act(p(x)) as `next` reads it, in w.hidden.
 template <class D, int R, int Act>
 Words project_and_activate(const Projection& p, const Words& x, int T, const Projection& next, Workspace& w) {
-  const auto act = [](Vec v) __attribute__((always_inline)) { return activate<Act>(v); };
+  constexpr bool rough = Act == kGelu && (D::kUnit > 1 || D::kQuantized);
+  const auto act = [](Vec v) __attribute__((always_inline)) { return rough ? rough_gelu(v) : activate<Act>(v); };
 #if defined(__AVX512BF16__)
   if (takes_singles<D>(next)) {
     project_to_singles<D, R>(p, x, T, w.hidden, act);
