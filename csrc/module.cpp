@@ -36,6 +36,10 @@ static PyObject* kernels(PyObject*, PyObject*) {
 #include "cpu/nm_linear/nm_linear.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "encoder_layer." #dtype},
 #include "cpu/encoder_layer/encoder_layer.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "add_layer_norm." #dtype},
+#include "cpu/add_layer_norm/add_layer_norm.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "embed_layer_norm." #dtype},
+#include "cpu/embed_layer_norm/embed_layer_norm.inc"
   };
   PyObject* all = PyDict_New();
   for (auto& kernel : list) {

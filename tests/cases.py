@@ -12,7 +12,9 @@ from torch import Tensor
 from sparsenlp.formats import NM, BlockSparse
 from sparsenlp.formats.encoder import EncoderWeights, SparseProjection
 from sparsenlp.ops.encoder_layer import arguments as encoder_arguments
+from sparsenlp.reference import add_layer_norm as add_layer_norm_reference
 from sparsenlp.reference import bsr_linear as reference
+from sparsenlp.reference import embed_layer_norm as embed_layer_norm_reference
 from sparsenlp.reference import encoder_layer as encoder_reference
 from sparsenlp.reference import nm_linear as nm_reference
 
@@ -31,6 +33,18 @@ TOLERANCES = {
     ("nm_linear", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
     ("nm_linear_wgrad", torch.float32): {"rtol": 2e-6, "atol": 1e-5},
     ("nm_linear_wgrad", torch.bfloat16): {"rtol": 1.6e-2, "atol": 5e-2},
+    ("add_layer_norm", torch.float32): {"rtol": 1e-6, "atol": 2e-6},
+    ("add_layer_norm", torch.bfloat16): {"rtol": 4e-3, "atol": 1e-5},
+    ("add_layer_norm", torch.float16): {"rtol": 5e-4, "atol": 1e-5},
+    ("add_layer_norm", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
+    ("add_layer_norm_grad", torch.float32): {"rtol": 1e-5, "atol": 1e-5},
+    ("add_layer_norm_grad", torch.bfloat16): {"rtol": 8e-3, "atol": 1e-4},
+    ("embed_layer_norm", torch.float32): {"rtol": 1e-6, "atol": 2e-6},
+    ("embed_layer_norm", torch.bfloat16): {"rtol": 4e-3, "atol": 1e-5},
+    ("embed_layer_norm", torch.float16): {"rtol": 5e-4, "atol": 1e-5},
+    ("embed_layer_norm", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
+    ("embed_layer_norm_grad", torch.float32): {"rtol": 1e-5, "atol": 1e-5},
+    ("embed_layer_norm_grad", torch.bfloat16): {"rtol": 1.6e-2, "atol": 5e-2},  # torch adds rounded rows
     ("encoder_layer", torch.float32): {"rtol": 1e-5, "atol": 1e-5},
     ("encoder_layer", torch.bfloat16): {"rtol": 2e-2, "atol": 4e-2},
     ("encoder_layer", torch.int8): {"rtol": 2e-2, "atol": 4e-2},
@@ -390,4 +404,157 @@ ENCODER_LAYER = [
     *encoder_cases(empty_rows=True),
     *encoder_cases(density=0.0),
     *encoder_cases(hidden=128, heads=((64, 64), (64, 64)), neurons=256, lengths=(70, 3, 129)),
+]
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def below(seed: int, bound: int, *shape: int) -> Tensor:
+    return torch.randint(bound, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class AddLayerNormCase:
+    """x (*tokens, H), its rows scaled and shifted at random, and a residual."""
+
+    tokens: tuple[int, ...]
+    hidden: int
+    residual: bool = True
+    bias: bool = True
+    eps: float = 1e-5
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.tokens)) or "vector", str(self.hidden)]
+        parts += ["noresidual"] * (not self.residual) + ["nobias"] * (not self.bias)
+        parts += [f"eps{self.eps:g}"] * (self.eps != 1e-5)
+        parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
+        return "-".join(parts)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        return TOLERANCES["add_layer_norm", self.dtype]
+
+    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, float]:
+        """x, residual, weight, bias, eps"""
+        shape = (*self.tokens, self.hidden)
+        x = normal(self.seed, *shape) * (1 + normal(self.seed + 1, *self.tokens, 1).abs())
+        x = x + normal(self.seed + 2, *self.tokens, 1)
+        residual = normal(self.seed + 3, *shape).to(self.dtype) if self.residual else None
+        weight = (1 + normal(self.seed + 4, self.hidden) / 4).to(self.dtype)
+        bias = normal(self.seed + 5, self.hidden).to(self.dtype) if self.bias else None
+        return x.to(self.dtype), residual, weight, bias, self.eps
+
+    def expected(self) -> Tensor:
+        """What the float64 reference gives for the same rounded inputs."""
+        *tensors, eps = self.arguments()
+        return add_layer_norm_reference.add_layer_norm(*(t.double() if t is not None else None for t in tensors), eps)
+
+
+HIDDEN = [2, 3, 7, 15, 16, 17, 31, 63, 64, 65, 100, 384, 768, 1031]
+
+ADD_LAYER_NORM = [
+    *(
+        AddLayerNormCase((5,), hidden, residual=residual, dtype=dtype)
+        for hidden in HIDDEN
+        for residual in (True, False)
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(
+        AddLayerNormCase(tokens, 65, bias=len(tokens) != 1, dtype=dtype)
+        for tokens in ((), (1,), (0,), (3, 0), (2, 3, 5), (300,))
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(AddLayerNormCase((4,), 40, eps=eps) for eps in (1e-12, 1.0)),
+    *(AddLayerNormCase((4,), 40, dtype=dtype) for dtype in (torch.float16, torch.float64)),
+    AddLayerNormCase((4,), 1),
+]
+
+
+@dataclass(frozen=True)
+class EmbedLayerNormCase:
+    """ids (*batch, S) of a vocabulary of 50, with positions and token types as `positions` and `types` say."""
+
+    batch: tuple[int, ...]
+    length: int
+    hidden: int
+    positions: str = "default"  # "none", "default", "given", "shared" by all sequences, or "counted"
+    types: str = "given"  # "none", "default", "given" or "shared" by all sequences
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            "x".join(map(str, (*self.batch, self.length))),
+            str(self.hidden),
+            self.positions,
+            f"types_{self.types}",
+        ]
+        parts += ["nobias"] * (not self.bias)
+        parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
+        return "-".join(parts)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        return TOLERANCES["embed_layer_norm", self.dtype]
+
+    def arguments(self) -> dict[str, object]:
+        """Arguments of embed_layer_norm by name."""
+        shape, rows = (*self.batch, self.length), self.length + 4
+        ids = below(self.seed, 50, *shape)
+        if self.positions == "counted":
+            ids = torch.where(below(self.seed + 1, 3, *shape) == 0, 1, ids)  # a third is padding, anywhere
+        position_ids = {"given": (*shape,), "shared": (1, self.length)}.get(self.positions)
+        type_ids = {"given": (*shape,), "shared": (self.length,)}.get(self.types)
+        return {
+            "ids": ids,
+            "word": normal(self.seed + 2, 50, self.hidden).to(self.dtype),
+            "position": normal(self.seed + 3, rows, self.hidden).to(self.dtype) if self.positions != "none" else None,
+            "token_type": normal(self.seed + 4, 3, self.hidden).to(self.dtype) if self.types != "none" else None,
+            "position_ids": below(self.seed + 5, rows, *position_ids) if position_ids is not None else None,
+            "token_type_ids": below(self.seed + 6, 3, *type_ids) if type_ids is not None else None,
+            "weight": (1 + normal(self.seed + 7, self.hidden) / 4).to(self.dtype),
+            "bias": normal(self.seed + 8, self.hidden).to(self.dtype) if self.bias else None,
+            "eps": 1e-12,
+            "padding_idx": 1 if self.positions == "counted" else None,
+        }
+
+    def expected(self) -> Tensor:
+        """What the float64 reference gives for the same rounded inputs."""
+        arguments = self.arguments()
+        return embed_layer_norm_reference.embed_layer_norm(
+            **{n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
+        )
+
+
+EMBED_LAYER_NORM = [
+    *(
+        EmbedLayerNormCase((2,), 6, 40, positions, types, dtype=dtype)
+        for positions in ("none", "default", "given", "shared", "counted")
+        for types in ("none", "default", "given", "shared")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(
+        EmbedLayerNormCase((2,), 5, hidden, dtype=dtype)
+        for hidden in HIDDEN
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    *(
+        EmbedLayerNormCase(batch, length, 65, positions, bias=length != 1)
+        for positions in ("default", "counted")
+        for batch, length in (((), 7), ((3,), 0), ((0,), 7), ((2, 3), 5), ((1,), 1), ((4,), 90))
+    ),
+    *(EmbedLayerNormCase((2,), 6, 40, dtype=dtype) for dtype in (torch.float16, torch.float64)),
 ]

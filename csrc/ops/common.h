@@ -82,6 +82,9 @@ void run_parts(Kernel kernel, const Args& args, int64_t work) {
   torch::stable::parallel_for(0, parts, 1, shares);
 }
 
+// Of one element of a LayerNorm, in multiply-adds.
+constexpr int64_t kNormWork = 8;
+
 inline const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -1,7 +1,18 @@
 """One file per op: schema, argument checks, fake, autograd, and which backend runs."""
 
+from .add_layer_norm import add_layer_norm
 from .bsr_linear import bsr_linear, bsr_linear_add_
+from .embed_layer_norm import embed_layer_norm
 from .encoder_layer import encoder_layer, encoder_pack, encoder_unpack
 from .nm_linear import nm_linear
 
-__all__ = ["bsr_linear", "bsr_linear_add_", "encoder_layer", "encoder_pack", "encoder_unpack", "nm_linear"]
+__all__ = [
+    "add_layer_norm",
+    "bsr_linear",
+    "bsr_linear_add_",
+    "embed_layer_norm",
+    "encoder_layer",
+    "encoder_pack",
+    "encoder_unpack",
+    "nm_linear",
+]
