@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,11 +40,14 @@ def add_layer_norm(
     if x.dtype != weight.dtype and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
         residual = residual.to(weight.dtype) if residual is not None else None
-    if not x.dim() or not x.is_floating_point():
-        raise ValueError(f"add_layer_norm: expected a floating x (..., H), got {x.dtype} of shape {tuple(x.shape)}")
-    for name, t, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:])):
-        if t is not None:
-            check_like("add_layer_norm", name, t, tuple(shape), x)
+    shape = x.shape
+    if not shape or not x.dtype.is_floating_point:
+        raise ValueError(f"add_layer_norm: expected a floating x (..., H), got {x.dtype} of shape {tuple(shape)}")
+    if residual is not None:
+        check_like("add_layer_norm", "residual", residual, shape, x)
+    check_like("add_layer_norm", "weight", weight, shape[-1:], x)
+    if bias is not None:
+        check_like("add_layer_norm", "bias", bias, shape[-1:], x)
     if choose_backend("add_layer_norm", x, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return reference.add_layer_norm(x, residual, weight, bias, eps)
@@ -53,12 +57,12 @@ def add_layer_norm(
         return _op(x, residual, weight, bias, eps)
 
 
-def check_like(op: str, name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+def check_like(op: str, name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """Raise unless `t` has this shape, and the dtype and device of `like`."""
     if t.dtype != like.dtype:
         raise TypeError(f"{op}: expected {name} of dtype {like.dtype}, got {t.dtype}")
     if t.shape != shape:
-        raise ValueError(f"{op}: expected {name} of shape {shape}, got {tuple(t.shape)}")
+        raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, got {tuple(t.shape)}")
     if t.device != like.device:
         raise ValueError(f"{op}: expected {name} on {like.device}, got {t.device}")
 

@@ -105,9 +105,8 @@ def _check(
         if t.dtype != torch.int64:
             raise TypeError(f"{op}: expected {name} of dtype torch.int64, got {t.dtype}")
         if t.shape != ids.shape and tuple(t.shape) not in ((length,), (1, length)):
-            raise ValueError(
-                f"{op}: expected {name} of shape {tuple(ids.shape)} or ({length},) or (1, {length}), got {tuple(t.shape)}"
-            )
+            shapes = f"{tuple(ids.shape)} or ({length},) or (1, {length})"
+            raise ValueError(f"{op}: expected {name} of shape {shapes}, got {tuple(t.shape)}")
         if t.device != word.device:
             raise ValueError(f"{op}: expected {name} on {word.device}, got {t.device}")
     hidden = word.shape[1]

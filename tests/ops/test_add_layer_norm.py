@@ -160,7 +160,7 @@ def test_errors(change, error, message):
 
 def test_native_backend_runs_or_raises(needs_native, monkeypatch):
     half = AddLayerNormCase((2,), 8, dtype=torch.float16).arguments()
-    with pytest.raises(RuntimeError, match="expected float32 or bfloat16 on cpu, got torch.float16"):
+    with pytest.raises(RuntimeError, match=r"expected float32 or bfloat16 on cpu, got torch.float16"):
         add_layer_norm(*half, backend="native")
     monkeypatch.setattr(native, "available", False)
     monkeypatch.setattr(native, "why_unavailable", "not built")

@@ -175,11 +175,23 @@ def test_sequences_longer_than_the_table(case, length, backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"ids": torch.zeros(2, 6, dtype=torch.int32)}, TypeError, "expected ids of dtype torch.int64, got torch.int32"),
+        (
+            {"ids": torch.zeros(2, 6, dtype=torch.int32)},
+            TypeError,
+            "expected ids of dtype torch.int64, got torch.int32",
+        ),
         ({"ids": torch.tensor(3)}, ValueError, r"expected ids \(..., S\), got a scalar"),
         ({"ids": torch.zeros(2, 6, dtype=torch.int64, device="meta")}, ValueError, "expected ids on cpu, got meta"),
-        ({"word": torch.zeros(50)}, ValueError, r"expected a floating word \(V, H\), got torch.float32 of shape \(50,\)"),
-        ({"word": torch.zeros(50, 40, dtype=torch.int8)}, ValueError, r"expected a floating word \(V, H\), got torch.int8"),
+        (
+            {"word": torch.zeros(50)},
+            ValueError,
+            r"expected a floating word \(V, H\), got torch.float32 of shape \(50,\)",
+        ),
+        (
+            {"word": torch.zeros(50, 40, dtype=torch.int8)},
+            ValueError,
+            r"expected a floating word \(V, H\), got torch.int8",
+        ),
         ({"position": torch.zeros(10, 41)}, ValueError, r"expected position of shape \(10, 40\), got \(10, 41\)"),
         ({"position": torch.zeros(10, 40).bfloat16()}, TypeError, "expected position of dtype torch.float32"),
         ({"token_type": torch.zeros(40)}, ValueError, r"expected token_type of shape \(40, 40\), got \(40,\)"),
@@ -202,7 +214,7 @@ def test_errors(change, error, message):
 
 def test_native_backend_runs_or_raises(needs_native, monkeypatch):
     half = EmbedLayerNormCase((2,), 6, 40, dtype=torch.float16).arguments()
-    with pytest.raises(RuntimeError, match="expected float32 or bfloat16 on cpu, got torch.float16"):
+    with pytest.raises(RuntimeError, match=r"expected float32 or bfloat16 on cpu, got torch.float16"):
         embed_layer_norm(**half, backend="native")
     monkeypatch.setattr(native, "available", False)
     monkeypatch.setattr(native, "why_unavailable", "not built")
