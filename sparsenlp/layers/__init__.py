@@ -1,6 +1,7 @@
 """nn.Modules: buffers plus one call of an op."""
 
+from .embeddings import FusedEmbeddings
 from .linear import SparseLinear
 from .nm_linear import NMLinear
 
-__all__ = ["NMLinear", "SparseLinear"]
+__all__ = ["FusedEmbeddings", "NMLinear", "SparseLinear"]
