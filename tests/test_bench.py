@@ -211,3 +211,16 @@ def test_nm_rates_follow_from_times(nm_record):
             assert stored / (rows * columns) == pytest.approx(0.5, rel=1e-3)
             bits = 8 * result["bytes_per_second"] * seconds["median"] / stored
             assert bits == pytest.approx({"2:4 fp32": 34, "2:4 bf16": 18}[result["name"]], rel=1e-3)
+
+
+@pytest.mark.parametrize("op", ["add_layer_norm", "embed_layer_norm"])
+def test_bench_of_norms(op, tmp_path):
+    command = [sys.executable, str(BENCH / f"{op}.py"), "--quick", "--threads", "1", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / f"{op}.json").read_text("utf-8"))["results"]
+    assert [row["dtype"] for row in rows] == ["fp32", "bf16"]
+    for row in rows:
+        moved = row["bytes_per_second"] * row["seconds"][op]["median"]
+        assert moved == pytest.approx(3 * 32 * 384 * (4 if row["dtype"] == "fp32" else 2), rel=1e-3)
+        assert row["speedup"]["p20"] <= row["speedup"]["median"] <= row["speedup"]["p80"]
