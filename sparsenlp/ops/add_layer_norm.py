@@ -51,6 +51,11 @@ def add_layer_norm(
     if choose_backend("add_layer_norm", x, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return reference.add_layer_norm(x, residual, weight, bias, eps)
+    return call(x, residual, weight, bias, eps)
+
+
+def call(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """add_layer_norm on CPU tensors of a native dtype, for layers: the op itself checks shapes and dtypes."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _op(x, residual, weight, bias, eps)
     with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
