@@ -118,6 +118,10 @@ def hooked_before(model):
     model.embeddings.LayerNorm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
 
 
+def forward_replaced(model):
+    model.embeddings.dropout.forward = torch.neg
+
+
 def another_table(model):
     model.embeddings.word_embeddings = nn.Sequential(model.embeddings.word_embeddings, nn.Tanh())
 
@@ -135,7 +139,10 @@ def doubled(model):
     model.double()
 
 
-@pytest.mark.parametrize("change", [hooked, hooked_before, another_table, mixed_dtypes, renormalized, doubled])
+CHANGES = [hooked, hooked_before, forward_replaced, another_table, mixed_dtypes, renormalized, doubled]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_the_op_does_not_compute_runs_the_original(change, calls):
     model = tiny()
     fuse_embeddings_(model)
