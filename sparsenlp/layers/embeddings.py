@@ -50,32 +50,25 @@ class FusedEmbeddings(nn.Module):
         given: dict[str, Any] = dict(zip(self.arguments, args, strict=False), **kwargs)
         ids: Any = given.get("input_ids")
         position_ids, token_type_ids = given.get("position_ids"), given.get("token_type_ids")
-        modules: dict[str, Any] = self._modules
+        tensors = _plain_tensors(self._modules)
         if (
-            torch.is_grad_enabled()
+            tensors is None
+            or torch.is_grad_enabled()
             or not _is_batch(ids, ids)
             or not (position_ids is None or _is_batch(position_ids, ids))
             or not (token_type_ids is None or _is_batch(token_type_ids, ids))
             or given.get("inputs_embeds") is not None
             or given.get("past_key_values_length")
-            or not _are_plain(modules)
             or _has_any_global_hook()
             or torch.is_autocast_enabled("cpu")
         ):
             return self.original.forward(*args, **kwargs)
-        types, norm = modules.get("token_type_embeddings"), modules["LayerNorm"]
-        return call(
-            ids,
-            modules["word_embeddings"].weight,
-            modules["position_embeddings"].weight,
-            types.weight if types is not None else None,
-            position_ids,
-            token_type_ids if types is not None else None,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            self.counted_from if position_ids is None else None,
-        )
+        word, position, token_type, weight, bias = tensors
+        if token_type is None:
+            token_type_ids = None
+        counted_from = self.counted_from if position_ids is None else None
+        norm: Any = self._modules["LayerNorm"]
+        return call(ids, word, position, token_type, position_ids, token_type_ids, weight, bias, norm.eps, counted_from)
 
 
 def _is_batch(indices: Any, ids: Any) -> bool:
@@ -89,24 +82,33 @@ def _is_batch(indices: Any, ids: Any) -> bool:
     )
 
 
-def _are_plain(modules: dict[str, Any]) -> bool:
-    """Whether the op computes what these modules would."""
+def _plain_tensors(modules: dict[str, Any]) -> list[Any] | None:
+    """Tables, weight and bias, where the op computes what these modules would; else None.
+
+    Every call asks, so tensors are taken from their dicts: nn.Module.__getattr__ costs as much as a small kernel.
+    """
     norm, dropout = modules["LayerNorm"], modules["dropout"]
     if type(norm) is not nn.LayerNorm or type(dropout) is not nn.Dropout or (dropout.training and dropout.p):
-        return False
-    weight: Any = norm._parameters["weight"]
-    if not native.available or weight is None or not weight.is_cpu or weight.dtype not in NATIVE_DTYPES:
-        return False
+        return None
+    if not native.available or _has_hooks(norm) or _has_hooks(dropout):
+        return None
+    tensors: list[Any] = []
     for name in TABLES:
         table = modules.get(name)
-        if table is None:
+        if table is None and name == "token_type_embeddings":
+            tensors.append(None)
             continue
         if type(table) is not nn.Embedding or table.max_norm is not None or _has_hooks(table):
-            return False
-        rows: Any = table._parameters["weight"]
-        if rows.dtype != weight.dtype or not rows.is_cpu or rows.shape[1:] != weight.shape:
-            return False
-    return not _has_hooks(norm) and not _has_hooks(dropout)
+            return None
+        tensors.append(table._parameters["weight"])
+    tensors += [norm._parameters["weight"], norm._parameters["bias"]]
+    weight = tensors[-2]
+    if weight is None or weight.dtype not in NATIVE_DTYPES:
+        return None
+    for t in tensors:
+        if t is not None and (t.dtype != weight.dtype or not t.is_cpu):
+            return None
+    return tensors
 
 
 def _has_hooks(module: nn.Module) -> bool:
