@@ -10,9 +10,11 @@
 struct Row {
   std::vector<double> values;
   double largest = 0;  // magnitude of what was added up
+  int addends = 0;
 
   explicit Row(int64_t H) : values(H) {}
   void add(const Array& from, int64_t row) {
+    addends++;
     for (size_t h = 0; h < values.size(); h++) {
       const double value = from.get(row * (int64_t)values.size() + (int64_t)h);
       values[h] += value;
@@ -32,9 +34,11 @@ inline int64_t first_wrong(
   for (int64_t h = 0; h < H; h++) {
     const double normal = (row.values[h] - mean) / deviation * weight.get(h);
     const double expected = normal + (bias ? bias->get(h) : 0);
-    // Adding up rounds at most twice; the mean is as exact as the values are.
-    const double rounding = 8 * 0x1p-24 * row.largest / deviation * fabs(weight.get(h));
-    const double tolerance = rounding + 1e-6 * (fabs(normal) + fabs(expected)) + epsilon_of(dtype) * fabs(expected);
+    // In units of the deviation. Only adding up loses what is small beside the largest magnitude: the mean does
+    // not, however large it is.
+    const double rounding = 1e-6 + 4 * 0x1p-24 * (row.addends - 1) * row.largest / deviation;
+    const double tolerance =
+        rounding * fabs(weight.get(h)) + 1e-6 * (fabs(normal) + fabs(expected)) + epsilon_of(dtype) * fabs(expected);
     if (!(fabs(y.get(at * H + h) - expected) <= tolerance)) return h;
   }
   return -1;
