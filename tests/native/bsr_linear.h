@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../../csrc/cpu/activation.h"
+#include "activated.h"
 #include "../../csrc/cpu/bsr_linear/bsr_linear.h"
 #include "check.h"
 
@@ -49,15 +49,6 @@ struct Sums {
     magnitude[i] += fabs(term);
   }
 };
-
-inline double activated(double x, int activation) {
-  switch (activation) {
-    case kRelu: return x < 0 ? 0 : x;
-    case kGelu: return 0.5 * x * (1 + erf(x * M_SQRT1_2));
-    case kGeluTanh: return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    default: return x;
-  }
-}
 
 // x as a kernel sees it: for int8 rounded, with the scale of each token, in the float arithmetic of the op.
 struct Tokens {

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../../csrc/cpu/activation.h"
 #include "../../csrc/cpu/isa.h"
+#include "activated.h"
 #include "check.h"
 
 #define FORWARD(isa, dtype, suffix) NmLinearKernel nm_linear_##dtype##_##suffix;
@@ -25,15 +25,6 @@ Entry kernels[] = {
 };
 
 Failures failures;
-
-double activated(double x, int activation) {
-  switch (activation) {
-    case kRelu: return x < 0 ? 0 : x;
-    case kGelu: return 0.5 * x * (1 + erf(x * M_SQRT1_2));
-    case kGeluTanh: return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    default: return x;
-  }
-}
 
 // Random values at random positions of each group, packed as NmLinear says.
 struct Problem {

@@ -1,0 +1,320 @@
+// Every kernel of encoder_layer that this CPU runs, against double precision; see bsr_linear.cpp.
+#include "../../csrc/cpu/encoder_layer/encoder_layer.h"
+
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cpu/isa.h"
+#include "activated.h"
+#include "check.h"
+
+#define FORWARD(isa, dtype, suffix) EncoderLayerKernel encoder_layer_##dtype##_##suffix;
+#define ROWS(isa, suffix) EncoderRowsKernel encoder_pack_##suffix, encoder_unpack_##suffix;
+#include "../../csrc/cpu/encoder_layer/encoder_layer.inc"
+
+namespace {
+
+struct Entry {
+  int isa;
+  Dtype dtype;
+  EncoderLayerKernel* run;
+  int64_t calls;
+};
+
+#define FORWARD(isa, dtype, suffix) {isa, dtype, encoder_layer_##dtype##_##suffix, 0},
+Entry kernels[] = {
+#include "../../csrc/cpu/encoder_layer/encoder_layer.inc"
+};
+
+struct RowsEntry {
+  int isa;
+  EncoderRowsKernel *pack, *unpack;
+};
+
+#define ROWS(isa, suffix) {isa, encoder_pack_##suffix, encoder_unpack_##suffix},
+const RowsEntry rows_kernels[] = {
+#include "../../csrc/cpu/encoder_layer/encoder_layer.inc"
+};
+
+Failures failures;
+typedef std::vector<double> Doubles;
+
+// A random BSR matrix with every third block row empty, and the dense matrix of the same weights.
+struct Matrix {
+  int64_t N, K;
+  int n, k;
+  std::vector<int32_t> crow{0}, col;
+  std::unique_ptr<Array> values, bias, scales;
+  std::vector<int32_t> row_sums;
+  Doubles dense;
+
+  Matrix(int64_t rows, int64_t columns, int n, int k, Dtype dtype, Random& random)
+      : N(rows), K(columns), n(n), k(k), row_sums(rows), dense(rows * columns) {
+    for (int64_t row = 0; row < N / n; row++) {
+      for (int64_t at = 0; at < K / k; at++)
+        if (row % 3 != 1 && random.below(3) == 0) col.push_back((int32_t)at);
+      crow.push_back((int32_t)col.size());
+    }
+    values = std::make_unique<Array>(dtype, (int64_t)col.size() * n * k);
+    values->fill(random, dtype == i8 ? -127 : -0.3, dtype == i8 ? 127 : 0.3);
+    bias = std::make_unique<Array>(f32, N);
+    bias->fill(random, -0.5, 0.5);
+    scales = std::make_unique<Array>(f32, N);
+    scales->fill(random, 0.001, 0.003);
+    for (int64_t row = 0; row < N; row++)
+      for (int64_t p = crow[row / n]; p < crow[row / n + 1]; p++)
+        for (int b = 0; b < k; b++) {
+          const double w = values->get((p * n + row % n) * k + b);
+          dense[row * K + (int64_t)col[p] * k + b] = dtype == i8 ? w * scales->get(row) : w;
+        }
+    col.shrink_to_fit();
+  }
+
+  Projection projection(Dtype dtype) {
+    return {crow.data(), col.data(), values->data(), dtype == i8 ? (const float*)scales->data() : nullptr,
+            (const float*)bias->data(), dtype == i8 ? row_sums.data() : nullptr, N, K, n, k};
+  }
+
+  // tokens x K -> tokens x N
+  Doubles times(const Doubles& x, int64_t tokens) const {
+    Doubles y(tokens * N);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t row = 0; row < N; row++) {
+        double sum = bias->get(row);
+        for (int64_t at = 0; at < K; at++) sum += dense[row * K + at] * x[t * K + at];
+        y[t * N + row] = sum;
+      }
+    return y;
+  }
+};
+
+Doubles normed(const Doubles& x, int64_t tokens, int64_t H, const Array& weight, const Array& bias, double eps) {
+  Doubles y(tokens * H);
+  for (int64_t t = 0; t < tokens; t++) {
+    double mean = 0, variance = 0;
+    for (int64_t h = 0; h < H; h++) mean += x[t * H + h] / (double)H;
+    for (int64_t h = 0; h < H; h++) variance += (x[t * H + h] - mean) * (x[t * H + h] - mean) / (double)H;
+    for (int64_t h = 0; h < H; h++)
+      y[t * H + h] = (x[t * H + h] - mean) / sqrt(variance + eps) * weight.get(h) + bias.get(h);
+  }
+  return y;
+}
+
+struct Shape {
+  std::vector<int64_t> lengths;
+  std::vector<int64_t> query_rows, value_rows;
+  int64_t H, F;
+  int n, k, T;
+  bool pre_norm, biased, half;
+  int activation;
+};
+
+struct Problem {
+  Shape s;
+  Dtype dtype;
+  int64_t tokens = 0;
+  Matrix query, key, value, output, fc1, fc2;
+  Array norms, position_bias;
+  std::vector<int32_t> source, first, last;
+  Doubles x;
+  static constexpr double kScale = 0.4, kEps = 1e-5;
+
+  Problem(const Shape& shape, Dtype type, Random& random)
+      : s(shape), dtype(type), query(s.query_rows.back(), s.H, s.n, s.k, type, random),
+        key(s.query_rows.back(), s.H, s.n, s.k, type, random), value(s.value_rows.back(), s.H, s.n, s.k, type, random),
+        output(s.H, s.value_rows.back(), s.n, s.k, type, random), fc1(s.F, s.H, s.n, s.k, type, random),
+        fc2(s.H, s.F, s.n, s.k, type, random), norms(f32, 4 * s.H), position_bias(f32, heads() * side() * side()) {
+    for (int64_t length : s.lengths) {
+      const int32_t begin = (int32_t)tokens;
+      for (int64_t i = 0; i < length; i++) {
+        source.push_back((int32_t)tokens++);
+        first.push_back(begin);
+        last.push_back(begin + (int32_t)length);
+      }
+    }
+    while (source.size() % s.T) {
+      source.push_back(-1);
+      first.push_back(first.back());
+      last.push_back(last.back());
+    }
+    norms.fill(random, 0.5, 1.5);
+    position_bias.fill(random, -1, 1);
+    x.resize(tokens * s.H);
+    for (double& v : x) v = (double)(float)random.uniform(-2, 2);
+  }
+
+  int64_t heads() const { return (int64_t)s.query_rows.size() - 1; }
+  int64_t side() const {
+    int64_t longest = 1;
+    for (int64_t length : s.lengths) longest = length > longest ? length : longest;
+    return longest;
+  }
+  int64_t tiles() const { return (int64_t)source.size() / s.T; }
+  Array norm(int i) const {
+    Array part(f32, s.H);
+    for (int64_t h = 0; h < s.H; h++) part.set(h, norms.get(i * s.H + h));
+    return part;
+  }
+
+  Doubles attention(const Doubles& in) const {
+    const Doubles q = query.times(in, tokens), k = key.times(in, tokens), v = value.times(in, tokens);
+    const int64_t Q = query.N, V = value.N;
+    Doubles context(tokens * V);
+    for (int64_t head = 0; head < heads(); head++)
+      for (int64_t t = 0; t < tokens; t++) {
+        Doubles p;
+        double most = -1e300, total = 0;
+        for (int64_t j = first[t]; j < last[t]; j++) {
+          double score = 0;
+          for (int64_t d = s.query_rows[head]; d < s.query_rows[head + 1]; d++) score += q[t * Q + d] * k[j * Q + d];
+          score *= kScale;
+          if (s.biased) score += position_bias.get((head * side() + t - first[t]) * side() + j - first[t]);
+          p.push_back(score);
+          most = score > most ? score : most;
+        }
+        for (double& score : p) total += score = exp(score - most);
+        for (int64_t d = s.value_rows[head]; d < s.value_rows[head + 1]; d++)
+          for (size_t j = 0; j < p.size(); j++) context[t * V + d] += p[j] / total * v[(first[t] + j) * V + d];
+      }
+    return context;
+  }
+
+  Doubles expected() const {
+    const auto ln = [&](const Doubles& in, int i) { return normed(in, tokens, s.H, norm(2 * i), norm(2 * i + 1), kEps); };
+    Doubles h = output.times(attention(s.pre_norm ? ln(x, 0) : x), tokens);
+    for (size_t i = 0; i < h.size(); i++) h[i] += x[i];
+    if (!s.pre_norm) h = ln(h, 0);
+    Doubles hidden = fc1.times(s.pre_norm ? ln(h, 1) : h, tokens);
+    for (double& v : hidden) v = activated(v, s.activation);
+    Doubles y = fc2.times(hidden, tokens);
+    for (size_t i = 0; i < y.size(); i++) y[i] += h[i];
+    return s.pre_norm ? y : ln(y, 1);
+  }
+};
+
+// Packing and unpacking lose nothing.
+void run_rows(const Problem& problem, int parts) {
+  const Shape& s = problem.s;
+  for (const RowsEntry& rows : rows_kernels) {
+    if (!isa_supported(rows.isa)) continue;
+    Array in(f32, problem.tokens * s.H), stream(f32, problem.tiles() * s.H * s.T), out(f32, problem.tokens * s.H);
+    for (int64_t i = 0; i < in.size(); i++) in.set(i, problem.x[i]);
+    EncoderRows a{in.data(), out.data(), (float*)stream.data(), problem.source.data(), problem.tiles(), s.H, s.T, false};
+    Scratch none(a.scratch());
+    for (int part = parts; part-- > 0;) rows.pack(a, part, parts, none.poisoned());
+    for (int part = parts; part-- > 0;) rows.unpack(a, part, parts, none.poisoned());
+    bool same = stream.front_untouched() && out.front_untouched();
+    for (int64_t i = 0; i < in.size(); i++) same = same && in.get(i) == out.get(i);
+    if (!same) failures.add("encoder_pack, encoder_unpack %s: T=%d H=%ld: not the same rows", isa_name(rows.isa), s.T, (long)s.H);
+  }
+}
+
+void run_layer(Problem& problem, int parts) {
+  const Shape& s = problem.s;
+  const Doubles expected = problem.expected();
+  const Array norms[] = {problem.norm(0), problem.norm(1), problem.norm(2), problem.norm(3)};
+  const int64_t size = problem.tiles() * s.H * s.T;
+  Array stream(f32, size);
+  for (int64_t i = 0; i < size; i++) {
+    const int64_t token = i / (s.H * s.T) * s.T + i % s.T, h = i / s.T % s.H;
+    stream.set(i, token < problem.tokens ? problem.x[token * s.H + h] : 0);
+  }
+  for (Entry& kernel : kernels) {
+    if (kernel.dtype != problem.dtype || !isa_supported(kernel.isa)) continue;
+    kernel.calls++;
+    Array y(f32, size);
+    EncoderLayer a{};
+    a.x = (const float*)stream.data();
+    a.y = (float*)y.data();
+    a.spans = {problem.source.data(), problem.first.data(), problem.last.data()};
+    a.query = problem.query.projection(problem.dtype);
+    a.key = problem.key.projection(problem.dtype);
+    a.value = problem.value.projection(problem.dtype);
+    a.output = problem.output.projection(problem.dtype);
+    a.fc1 = problem.fc1.projection(problem.dtype);
+    a.fc2 = problem.fc2.projection(problem.dtype);
+    a.norm1_weight = (const float*)norms[0].data();
+    a.norm1_bias = (const float*)norms[1].data();
+    a.norm2_weight = (const float*)norms[2].data();
+    a.norm2_bias = (const float*)norms[3].data();
+    a.query_rows = s.query_rows.data();
+    a.value_rows = s.value_rows.data();
+    a.position_bias = s.biased ? (const float*)problem.position_bias.data() : nullptr;
+    a.side = problem.side();
+    a.tiles = problem.tiles();
+    a.tokens = problem.tokens;
+    a.H = s.H;
+    a.T = s.T;
+    a.heads = (int)problem.heads();
+    a.scale = (float)Problem::kScale;
+    a.eps = (float)Problem::kEps;
+    a.activation = s.activation;
+    a.pre_norm = s.pre_norm;
+    a.half = s.half;
+    a.half_attention = s.half;
+    for (int64_t row : s.query_rows) a.half_attention = a.half_attention && row % 2 == 0;
+    const int64_t used = a.tiles * a.T;
+    Array queries(f32, used * a.query.N), keys(f32, used * a.key.N), values(f32, used * a.value.N);
+    a.queries = (float*)queries.data();
+    a.keys = (float*)keys.data();
+    a.context_values = (float*)values.data();
+    Scratch scratch(a.scratch());
+    for (int phase = 0; phase < kEncoderPhases; phase++)
+      for (int part = parts; part-- > 0;) kernel.run(a, phase, part, parts, scratch.poisoned());
+    if (!y.front_untouched() || !queries.front_untouched() || !keys.front_untouched() || !values.front_untouched())
+      failures.add("encoder_layer %s %s wrote in front of an array", dtype_name(kernel.dtype), isa_name(kernel.isa));
+    const double tolerance = problem.dtype == i8 || s.half ? 0.15 : 2e-4;
+    for (int64_t i = 0; i < problem.tokens * s.H; i++) {
+      const int64_t token = i / s.H, h = i % s.H;
+      const double got = y.get((token / s.T * s.H + h) * s.T + token % s.T);
+      if (fabs(got - expected[i]) <= tolerance * (1 + fabs(expected[i]))) continue;
+      failures.add("encoder_layer %s %s %dx%d H=%ld F=%ld heads=%d T=%d act=%d pre=%d bias=%d half=%d parts=%d: at [%ld][%ld] "
+                   "expected %.7g, got %.7g", dtype_name(kernel.dtype), isa_name(kernel.isa), s.n, s.k, (long)s.H, (long)s.F,
+                   a.heads, s.T, s.activation, s.pre_norm, s.biased, s.half, parts, (long)token, (long)h, expected[i], got);
+      break;
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const bool quick = count > 1 && !strcmp(arguments[1], "--quick");
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  Random random(1);
+  const int blocks[][2] = {{8, 1}, {16, 1}, {4, 1}, {2, 1}, {1, 1}, {8, 2}, {4, 4}, {8, 4}, {1, 4}, {2, 3}, {16, 16}, {5, 2}};
+  const std::vector<int64_t> lengths[] = {{1}, {5, 1, 17}, {33}, {16, 16}, {3, 140, 2}, {40, 1, 1, 30}};
+  for (auto [n, k] : blocks)
+    for (Dtype dtype : {f32, bf16, i8})
+      for (const auto& length : lengths) {
+        if ((dtype == i8 && k % 4) || (quick && random.below(3))) continue;
+        Shape s{};
+        s.lengths = length;
+        s.n = n;
+        s.k = k;
+        const int64_t unit = n * k;  // all sides are multiples of n and of k
+        s.H = unit * (1 + random.below(unit < 16 ? 48 / unit : 3));
+        s.F = unit * random.below(unit < 16 ? 64 / unit : 4);
+        s.query_rows = s.value_rows = {0};
+        for (int64_t heads = random.below(4); heads-- > 0;) {
+          s.query_rows.push_back(s.query_rows.back() + unit * random.below(3));
+          s.value_rows.push_back(s.value_rows.back() + unit * (1 + random.below(2)));
+        }
+        s.T = random.below(2) ? 16 : 32;
+        s.pre_norm = random.below(2);
+        s.biased = random.below(3) == 0;
+        s.half = dtype != f32 && random.below(2);
+        s.activation = (int)random.below(kActivationCount);
+        Problem problem(s, dtype, random);
+        const int parts[] = {1, 2, 3, 7};
+        run_rows(problem, parts[random.below(4)]);
+        run_layer(problem, parts[random.below(4)]);
+      }
+  for (const Entry& kernel : kernels)
+    if (isa_supported(kernel.isa))
+      printf("layer    %-5s %-12s %8ld calls\n", dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
+    else
+      printf("layer    %-5s %-12s not run: this CPU lacks it\n", dtype_name(kernel.dtype), isa_name(kernel.isa));
+  printf("encoder_layer: %s\n", failures.count() ? "FAILED" : "all correct");
+  return failures.count() != 0;
+}
