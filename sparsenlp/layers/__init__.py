@@ -1,7 +1,8 @@
 """nn.Modules: buffers plus one call of an op."""
 
 from .embeddings import FusedEmbeddings
+from .encoder import SparseEncoderLayer
 from .linear import SparseLinear
 from .nm_linear import NMLinear
 
-__all__ = ["FusedEmbeddings", "NMLinear", "SparseLinear"]
+__all__ = ["FusedEmbeddings", "NMLinear", "SparseEncoderLayer", "SparseLinear"]

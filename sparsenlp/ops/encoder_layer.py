@@ -161,9 +161,10 @@ def call(
         _check_position_bias(position_bias, len(query_rows) - 1, stream)
     if torch.is_grad_enabled() and (stream.requires_grad or norms[0].requires_grad or query[2].requires_grad):
         raise RuntimeError("encoder_layer: expected torch.no_grad() or tensors without gradients; it is for inference")
+    inputs: tuple[Any, ...] = (stream, spans, *arguments, position_bias, precision)
     if _choose("encoder_layer", stream, backend) == "reference":
-        return reference.encoder_layer(stream, spans, *arguments, position_bias=position_bias, precision=precision)
-    return _layer_op(stream, spans, *arguments, position_bias, precision)
+        return reference.encoder_layer(*inputs)
+    return _layer_op(*inputs)
 
 
 def check_weights(weights: EncoderWeights) -> None:

@@ -1,0 +1,285 @@
+"""Encoders as a few fused ops: one layer with weights of its own, and whole encoders on the weights of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import BlockSparse
+from ..formats.block import INDEX_DTYPE
+from ..formats.encoder import EncoderWeights, SparseProjection
+from ..ops.encoder_layer import arguments, call, check_weights, encoder_pack, encoder_unpack
+from .linear import SparseLinear, _check_incoming
+
+DENSE_ROWS = 8
+"""Rows of the blocks that a dense weight is read as; they are as wide as the weight."""
+PROJECTIONS = ("query", "key", "value", "output", "fc1", "fc2")
+NORMS = ("norm1", "norm2")
+COMPRESS_BELOW = 0.7
+"""Density in blocks from which on a dense weight is read as dense."""
+
+
+class SparseEncoderLayer(nn.Module):
+    """One layer with weights of its own, (B, S, H) -> (B, S, H), for inference.
+
+    The state dict holds, below query, key, value, output, fc1 and fc2, the tensors of BSR and a float32 bias, and
+    norm1 and norm2. `step` is the layer on a packed residual stream, for several in a row; see ops.encoder_layer.
+
+    Raises TypeError or ValueError if the weights do not fit together.
+    """
+
+    def __init__(self, weights: EncoderWeights, precision: str = "float32", tile: int = 16) -> None:
+        super().__init__()
+        check_weights(weights)
+        self.precision = precision
+        self.tile = tile
+        for name in PROJECTIONS:
+            projection: SparseProjection = getattr(weights, name)
+            projection.weight.validate()
+            setattr(self, name, _Projection(projection))
+        for name in NORMS:
+            norm = nn.Module()
+            for part, tensor in zip(("weight", "bias"), getattr(weights, name), strict=True):
+                norm.register_buffer(part, tensor)
+            setattr(self, name, norm)
+        facts = ("query_rows", "value_rows", "scale", "activation", "eps", "pre_norm")
+        self.facts: dict[str, Any] = {name: getattr(weights, name) for name in facts}
+
+    @property
+    def weights(self) -> EncoderWeights:
+        """The weights as a format; they share the layer's tensors."""
+        modules: dict[str, Any] = dict(self.named_children())
+        tensors = {name: modules[name].projection for name in PROJECTIONS}
+        tensors |= {name: (modules[name].weight, modules[name].bias) for name in NORMS}
+        return EncoderWeights(**tensors, **self.facts)
+
+    def step(self, stream: Tensor, spans: Tensor, position_bias: Tensor | None = None) -> Tensor:
+        """The next residual stream."""
+        return call(stream, spans, arguments(self.weights), position_bias, self.precision)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None) -> Tensor:
+        """x (B, S, H) float32 or bfloat16, mask (B, S) bool with True for real tokens; padding comes out as zeros."""
+        stream, spans = encoder_pack(x, mask, self.tile)
+        stream = self.step(stream, spans, position_bias)
+        return encoder_unpack(stream, spans, x.shape[0], x.shape[1], x.dtype)
+
+
+class _Projection(nn.Module):
+    """The tensors of a SparseProjection as buffers."""
+
+    def __init__(self, projection: SparseProjection) -> None:
+        super().__init__()
+        weight = projection.weight
+        self.out_features, self.in_features = weight.shape
+        for name in ("crow_indices", "col_indices", "values", "scales"):
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("bias", projection.bias)
+        self.register_load_state_dict_pre_hook(_check_incoming)
+
+    @property
+    def projection(self) -> SparseProjection:
+        b: Any = self._buffers
+        shape = (self.out_features, self.in_features)
+        return SparseProjection(
+            BlockSparse(b["crow_indices"], b["col_indices"], b["values"], shape, b["scales"]), b["bias"]
+        )
+
+
+def read_projection(linear: nn.Module, compress: bool = False) -> SparseProjection:
+    """A SparseLinear or nn.Linear as a fused layer reads it: on the same storage, with the bias in float32.
+
+    compress   store a dense weight with enough zeros as a copy, without them; not traceable
+
+    Raises TypeError for another module, ValueError for a SparseLinear with an activation or a constant input scale.
+    """
+    if type(linear) is SparseLinear:
+        if linear.activation != "none" or linear.input_scale is not None:
+            raise ValueError(f"expected a SparseLinear without activation and input_scale, got {linear}")
+        w = linear.weight
+        weight = BlockSparse(w.crow_indices, w.col_indices, w.values.detach(), w.shape, w.scales)
+    elif type(linear) is nn.Linear:
+        weight = read_dense(linear.weight.detach(), compress)
+    else:
+        raise TypeError(f"expected an nn.Linear or SparseLinear, got {type(linear).__name__}")
+    return SparseProjection(weight, read_vector(linear.bias, weight.shape[0], weight.values))
+
+
+def read_vector(vector: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """In float32; zeros for None."""
+    if vector is None:
+        return torch.zeros(size, device=like.device)
+    return vector.detach().float()
+
+
+def read_dense(weight: Tensor, compress: bool = False) -> BlockSparse:
+    """A dense weight (N, K) as blocks that are all stored, on the same storage; or see `read_projection`."""
+    rows, columns = weight.shape
+    block = (DENSE_ROWS, 1 if weight.dtype == torch.float32 else 2)
+    if compress and rows % block[0] == 0 and columns % block[1] == 0:
+        sparse = BlockSparse.from_dense(weight, block)
+        if sparse.density <= COMPRESS_BELOW:
+            return sparse
+    n = DENSE_ROWS if rows % DENSE_ROWS == 0 else 1
+    if not columns:
+        crow = torch.zeros(rows // n + 1, dtype=INDEX_DTYPE, device=weight.device)
+        return BlockSparse(crow, crow[:0], weight.new_empty(0, n, 1), (rows, columns))
+    crow = torch.arange(rows // n + 1, dtype=INDEX_DTYPE, device=weight.device)
+    return BlockSparse(crow, torch.zeros_like(crow[1:]), weight.reshape(rows // n, n, columns), (rows, columns))
+
+
+class SparseEncoder(nn.Module):
+    """Stands in for a model's encoder: the same modules under the same names, run as fused layers where that can be.
+
+    Fused are calls on a CPU for inference (eval mode; no gradients, autocast or forward hooks on what is inside)
+    that ask for the last hidden state alone, with a mask that only hides padding; others run the original's forward.
+    Layers skip padding, and give zeros there. Subclasses know how a kind of encoder is called.
+
+    The encoder and the original share their modules, so state dict, saving, loading and training are the
+    original's. Fused layers read the tensors where they are, float32 copies apart (biases and norms of other dtypes),
+    and are gathered again after a tensor or module was replaced, or a copied tensor changed.
+
+    original   the encoder, which no longer hangs in the model
+    read       (layer, compress) -> its EncoderWeights; must be traceable unless `compress`
+    bias       (original, x) -> position bias (heads, S, S) float32, or None
+    """
+
+    original: nn.Module
+
+    def __init__(
+        self,
+        original: nn.Module,
+        read: Callable[[nn.Module, bool], EncoderWeights],
+        bias: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        precision: str = "float32",
+        tile: int = 16,
+        compress: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in vars(original).items():
+            self.__dict__.setdefault(name, value)
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[name] = original.__dict__[name]
+        self.__dict__["original"] = original  # not a submodule: its tensors would have two names
+        self.training = original.training
+        self.read = read
+        self.bias = bias
+        self.precision = precision
+        self.tile = tile
+        self.compress = compress
+        self.length_guard: Any = None
+        self._gathered: _Gathered | None = None
+
+    def layers_inside(self) -> list[nn.Module]:
+        """The layers in order."""
+        raise NotImplementedError
+
+    def hooks_matter(self, hooks: Iterable[Callable]) -> bool:
+        """Whether forward hooks on the modules inside have to see this call."""
+        return True
+
+    def gather(self, compress: bool = False) -> list[tuple[Any, ...]]:
+        """The arguments of the op for each layer."""
+        return [arguments(self.read(layer, compress)) for layer in self.layers_inside()]
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether a call on x (B, S, H) can be fused."""
+        if self.training or not x.is_cpu or x.dim() != 3 or x.is_nested or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.is_grad_enabled() and not _exporting() and (x.requires_grad or self._trains()):
+            return False
+        return self._readable() and not self._observed()
+
+    def run(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The fused layers on x (B, S, H), for which `fuses` was true; mask (B, S) bool, True for real tokens."""
+        gathered = self._gathered
+        if gathered is None or (torch.compiler.is_compiling() and not self.compress):  # constants of a graph age
+            layers, bias = self.gather(), None if self.bias is None else self.bias(self.original, x)
+        else:
+            layers, bias = gathered.layers, gathered.position_bias(self, x)
+        stream, spans = encoder_pack(x, mask, self.tile)
+        for layer in layers:
+            stream = call(stream, spans, layer, bias, self.precision)
+        return encoder_unpack(stream, spans, x.shape[0], x.shape[1], x.dtype)
+
+    def train(self, mode: bool = True) -> SparseEncoder:
+        super().train(mode)
+        self.original.training = mode
+        return self
+
+    def extra_repr(self) -> str:
+        return f"fused {type(self.original).__name__}, precision={self.precision}"
+
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def _readable(self) -> bool:
+        """Gather the layers again if they are out of date; False if one now holds what cannot be fused."""
+        if torch.compiler.is_compiling():
+            return True
+        if self._gathered is None or not self._gathered.is_current():
+            try:
+                self._gathered = _Gathered(self)
+            except (TypeError, ValueError):
+                self._gathered = None
+        return self._gathered is not None
+
+    def _observed(self) -> bool:
+        if self._gathered is not None and not torch.compiler.is_compiling():
+            dicts = self._gathered.hooks
+        else:
+            modules = [module for layer in self.layers_inside() for module in layer.modules()]
+            dicts = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        return any(dicts) and self.hooks_matter([hook for hooks in dicts for hook in hooks.values()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_gathered": None}
+
+
+class _Gathered:
+    """The arguments of all layers, and what they were gathered from. Making one raises what `read` raises."""
+
+    def __init__(self, encoder: SparseEncoder) -> None:
+        with torch.no_grad():
+            self.layers = encoder.gather(encoder.compress)
+        modules = list(encoder.modules())
+        links = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        slots = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+        self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.links, self.children = [(d, name) for d, name, _ in links], [child for *_, child in links]
+        self.slots = [(d, name) for d, name, _ in slots]
+        self.tensors = [p.detach() for *_, p in slots]  # kept, so that no other tensor gets the address
+        self.addresses = [p.data_ptr() for p in self.tensors]
+        shared = {t.data_ptr() for layer in self.layers for tensors in layer[:7] for t in tensors}
+        copied = encoder.compress or encoder.bias is not None
+        self.copied = [i for i, address in enumerate(self.addresses) if copied or address not in shared]
+        self.versions = self._versions([p for *_, p in slots])
+        self.bias: tuple[int, Tensor] | None = None
+
+    def is_current(self) -> bool:
+        """Whether all modules and tensors are the same, and nothing that was copied has changed."""
+        tensors: list[Any] = [slots.get(name) for slots, name in self.slots]
+        return (
+            [modules.get(name) for modules, name in self.links] == self.children
+            and not any(p is None for p in tensors)
+            and list(map(Tensor.data_ptr, tensors)) == self.addresses
+            and self._versions(tensors) == self.versions
+        )
+
+    def position_bias(self, encoder: SparseEncoder, x: Tensor) -> Tensor | None:
+        """Of the length of x (B, S, H), computed when the length changes."""
+        if encoder.bias is None:
+            return None
+        if self.bias is None or self.bias[0] != x.shape[1]:
+            self.bias = x.shape[1], encoder.bias(encoder.original, x)
+        return self.bias[1]
+
+    def _versions(self, tensors: list[Any]) -> list[int]:
+        return [0 if tensors[i].is_inference() else tensors[i]._version for i in self.copied]
+
+
+def _exporting() -> bool:
+    """torch.export, which traces with gradients on and gives programs for inference."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
