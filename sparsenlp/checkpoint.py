@@ -15,6 +15,9 @@ and model.safetensors holds for each of them
     <name>.bias          (N,)                dtype   where `bias` is true
 
 `crc32` runs over the bytes of these tensors in this order. All other tensors are stored as they are.
+
+A model with fused encoders has `fused_encoders` beside `modules`: {name: {precision, tile}}, which are fused
+again when they are loaded on a CPU.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ from .formats import BlockSparse
 from .formats.block import INDEX_DTYPE
 from .layers import SparseLinear
 from .models import is_transformers_model
+from .models.encoders import FusionOptions, fuse_again_, fused_options
 from .ops.bsr_linear import ACTIVATIONS
+from .ops.encoder_layer import PRECISIONS, TILES
 from .report import is_masked
 
 METHOD = "sparsenlp"
@@ -132,7 +137,9 @@ def from_pretrained(
     dense = "model_type" in config and "quantization_config" not in config
     entries = {} if dense else parse_description(config.get("quantization_config"), str(path / CONFIG_FILE))
     if model is not None:
-        return _fill(model, path / WEIGHTS_FILE, entries)
+        fused = parse_fused(config.get("quantization_config") or {}, str(path / CONFIG_FILE))
+        fuse_again_(_fill(model, path / WEIGHTS_FILE, entries), fused)
+        return model
     if "model_type" not in config:
         raise ValueError(f"from_pretrained: expected model=<dense skeleton> for {path}, a plain module, got None")
     from .models.hf import load
@@ -169,7 +176,9 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
         crc32 = _crc32(state[tensor_name] for tensor_name in entry.tensor_names(name))
         written = {key: value for key, value in asdict(entry).items() if entry.int8 or key not in INT8_FIELDS}
         entries[name] = {**written, "block": list(entry.block), "shape": list(entry.shape), "crc32": crc32}
-    return state, {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
+    description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
+    fused = fused_options(model)
+    return state, {**description, **({"fused_encoders": fused} if fused else {})}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -194,6 +203,22 @@ def parse_description(description: Any, where: str = CONFIG_FILE) -> dict[str, L
     if not isinstance(modules, Mapping):
         raise CheckpointError(f"{where}: expected modules to be an object, got {type(modules).__name__}")
     return {name: _parse_entry(name, entry, where) for name, entry in modules.items()}
+
+
+def parse_fused(description: Any, where: str = CONFIG_FILE) -> dict[str, FusionOptions]:
+    """`fused_encoders` of a `quantization_config` block, {} if it has none, or CheckpointError."""
+    fused = description.get("fused_encoders", {})
+    if not isinstance(fused, Mapping):
+        raise CheckpointError(f"{where}: expected fused_encoders to be an object, got {type(fused).__name__}")
+    for name, options in fused.items():
+        valid = isinstance(name, str) and NAME.fullmatch(name) and isinstance(options, Mapping)
+        if not valid or options.keys() != {"precision", "tile"}:
+            raise CheckpointError(
+                f"{where}: expected precision and tile of fused encoder {name!r}, got {options!r:.200}"
+            )
+        if options["precision"] not in PRECISIONS or options["tile"] not in TILES:
+            raise CheckpointError(f"{where}: expected a valid precision and tile of {name}, got {options!r:.200}")
+    return {name: dict(options) for name, options in fused.items()}
 
 
 def read_layers(files: Iterable[str | os.PathLike], entries: Mapping[str, LayerEntry]) -> dict[str, BlockSparse]:

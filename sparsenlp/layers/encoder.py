@@ -199,7 +199,7 @@ class SparseEncoder(nn.Module):
             layers, bias = self.gather(), None if self.bias is None else self.bias(self.original, x)
         else:
             layers, bias = gathered.layers, gathered.position_bias(self, x)
-        stream, spans = encoder_pack(x, mask, self.tile)
+        stream, spans = encoder_pack(x.detach(), mask, self.tile)  # torch.export traces with gradients on
         for layer in layers:
             stream = call(stream, spans, layer, bias, self.precision)
         return encoder_unpack(stream, spans, x.shape[0], x.shape[1], x.dtype)

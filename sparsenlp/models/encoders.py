@@ -1,7 +1,4 @@
-"""Which models' encoders run as fused layers: one table of rules, and the replacement.
-
-A family is a row of `FAMILIES`: the classes that hold its layers, and where in a layer the parts are.
-"""
+"""fuse_encoders_: find the encoders in a model, and let fused layers run them where they are of a known family."""
 
 from __future__ import annotations
 
@@ -10,105 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..formats.encoder import EncoderWeights, SparseProjection
 from ..layers import NMLinear
-from ..layers.encoder import SparseEncoder, read_dense, read_projection, read_vector
+from ..layers.encoder import SparseEncoder
 from ..ops.encoder_layer import PRECISIONS, TILES, check_weights
 from ..reference.bsr_linear import ACTIVATIONS
 from ..report import is_masked
-from .encoder_calls import BertLikeEncoder, LayerList, ModuleEncoder, TorchEncoder, TorchEncoderLayer
+from .families import FAMILIES, TORCH, UNFUSED, Family, FamilyReader, PositionBias, TorchReader, activation_name, at
 
-
-@dataclass(frozen=True)
-class Family:
-    """How to find an encoder and to read its layers; paths are attributes below a layer, joined by dots.
-
-    classes      qualified names of the classes that hold the layers
-    encoder      how what is replaced is called: an instance of the class, or with `layer_list` the ModuleList of
-                 that name in it
-    projections  query, key, value, output, fc1, fc2
-    norms        of attention, of the FFN; before them if `pre_norm`
-    activation   the function between fc1 and fc2
-    head_dim     rows of a head
-    bias         method of the encoder that gives a position bias (B, heads, S, S) for x (B, S, H), or ""
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    encoder: type[SparseEncoder]
-    projections: tuple[str, ...]
-    norms: tuple[str, str]
-    activation: str
-    head_dim: str
-    pre_norm: bool = False
-    layer_list: str = ""
-    bias: str = ""
-
-
-_HF = "transformers.models"
-_BERT_LIKE = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
-
-FAMILIES = (
-    Family(
-        name="BERT",  # MiniLM too
-        classes=(
-            f"{_HF}.bert.modeling_bert.BertEncoder",
-            f"{_HF}.roberta.modeling_roberta.RobertaEncoder",
-            f"{_HF}.xlm_roberta.modeling_xlm_roberta.XLMRobertaEncoder",
-            f"{_HF}.camembert.modeling_camembert.CamembertEncoder",
-            f"{_HF}.electra.modeling_electra.ElectraEncoder",
-        ),
-        encoder=BertLikeEncoder,
-        projections=_BERT_LIKE,
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        activation="intermediate.intermediate_act_fn",
-        head_dim="attention.self.attention_head_size",
-    ),
-    Family(
-        name="DistilBERT",
-        classes=(f"{_HF}.distilbert.modeling_distilbert.Transformer",),
-        encoder=ModuleEncoder,
-        projections=(*(f"attention.{part}_lin" for part in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
-        norms=("sa_layer_norm", "output_layer_norm"),
-        activation="ffn.activation",
-        head_dim="attention.attention_head_size",
-    ),
-    Family(
-        name="MPNet",
-        classes=(f"{_HF}.mpnet.modeling_mpnet.MPNetEncoder",),
-        encoder=ModuleEncoder,
-        projections=(*(f"attention.attn.{part}" for part in "qkvo"), "intermediate.dense", "output.dense"),
-        norms=("attention.LayerNorm", "output.LayerNorm"),
-        activation="intermediate.intermediate_act_fn",
-        head_dim="attention.attn.attention_head_size",
-        bias="compute_position_bias",
-    ),
-    Family(
-        name="ViT",
-        classes=(f"{_HF}.vit.modeling_vit.ViTModel", f"{_HF}.deit.modeling_deit.DeiTModel"),
-        layer_list="layers",
-        encoder=LayerList,
-        projections=(*(f"attention.{part}_proj" for part in "qkvo"), "mlp.fc1", "mlp.fc2"),
-        norms=("layernorm_before", "layernorm_after"),
-        activation="mlp.activation_fn",
-        head_dim="attention.head_dim",
-        pre_norm=True,
-    ),
-)
-TORCH = {nn.TransformerEncoder: TorchEncoder, nn.TransformerEncoderLayer: TorchEncoderLayer}
-UNFUSED = {
-    f"{_HF}.deberta.modeling_deberta.DebertaEncoder": "its disentangled attention has no fused kernel",
-    f"{_HF}.deberta_v2.modeling_deberta_v2.DebertaV2Encoder": "its disentangled attention has no fused kernel",
-}
+FusionOptions = dict[str, Any]
+"""precision and tile, as arguments of fuse_encoders_."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +68,18 @@ def fuse_encoders_(model: nn.Module, precision: str | None = None, tile: int = 1
         raise ValueError(f"fuse_encoders_: expected a precision among {', '.join(PRECISIONS)}, got {precision!r}")
     if tile not in TILES:
         raise ValueError(f"fuse_encoders_: expected tiles of 16 or 32 tokens, got {tile}")
+    return _fuse(model, _sites(model), {}, {"precision": precision, "tile": tile})
+
+
+def _fuse(
+    model: nn.Module, sites: list[_Site], options: Mapping[str, FusionOptions], default: FusionOptions
+) -> FusionReport:
     rows: list[EncoderRow] = []
     replacements: dict[nn.Module, SparseEncoder] = {}
-    sites = _sites(model)
     for site in sites:
         reason = ""
         try:
-            replacements[site.module] = _build(site, precision, tile)
+            replacements[site.module] = _build(site, **options.get(site.name, default))
         except _NotFused as obstacle:
             reason = str(obstacle)
         rows.append(EncoderRow(site.name, type(site.module).__name__, len(site.layers), reason))
@@ -174,6 +88,19 @@ def fuse_encoders_(model: nn.Module, precision: str | None = None, tile: int = 1
         if site.module in replacements:
             replacements[site.module].length_guard = _guard_length(site.owner)
     return FusionReport(tuple(rows))
+
+
+def fused_options(model: nn.Module) -> dict[str, FusionOptions]:
+    """{name: what to fuse it with} of the fused encoders in `model`, for a checkpoint."""
+    encoders = {name: module for name, module in model.named_modules() if isinstance(module, SparseEncoder)}
+    return {name: {"precision": encoder.precision, "tile": encoder.tile} for name, encoder in encoders.items()}
+
+
+def fuse_again_(model: nn.Module, options: Mapping[str, FusionOptions]) -> FusionReport:
+    """Fuse the encoders of these names in a model that was loaded, on the CPU alone; others stay as they are."""
+    if not options or {p.device.type for p in model.parameters()} != {"cpu"} or fused_options(model):
+        return FusionReport(())
+    return _fuse(model, [site for site in _sites(model) if site.name in options], options, {})
 
 
 def unfuse_encoders_(model: nn.Module) -> int:
@@ -306,102 +233,12 @@ def _check_plain(site: _Site, devices: set[torch.device]) -> None:
 
 def _reader(site: _Site) -> FamilyReader | TorchReader:
     family = site.family
-    functions = [_at(layer, family.activation if family else "activation") for layer in site.layers]
+    functions = [at(layer, family.activation if family else "activation") for layer in site.layers]
     names = {activation_name(function) for function in functions}
     if len(names) > 1 or None in names:
         raise _NotFused(f"expected one activation, of {', '.join(ACTIVATIONS)}, got {functions[0]}")
     activation = str(names.pop())
     return TorchReader(activation) if family is None else FamilyReader(family, activation)
-
-
-@dataclass(frozen=True)
-class FamilyReader:
-    """Reads a layer by the paths of its family; a class, to be pickled."""
-
-    family: Family
-    activation: str
-
-    def __call__(self, layer: nn.Module, compress: bool) -> EncoderWeights:
-        parts = [read_projection(_at(layer, path), compress) for path in self.family.projections]
-        norms = [_at(layer, path) for path in self.family.norms]
-        return _weights(parts, norms, _at(layer, self.family.head_dim), self.activation, self.family.pre_norm)
-
-
-@dataclass(frozen=True)
-class TorchReader:
-    """Reads an nn.TransformerEncoderLayer, whose query, key and value are one weight."""
-
-    activation: str
-
-    def __call__(self, layer: Any, compress: bool) -> EncoderWeights:
-        attention = layer.self_attn
-        weights = [*attention.in_proj_weight.chunk(3), attention.out_proj.weight]
-        biases = [None] * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
-        parts = [
-            SparseProjection(read_dense(weight.detach(), compress), read_vector(bias, weight.shape[0], weight))
-            for weight, bias in zip(weights, (*biases, attention.out_proj.bias), strict=True)
-        ]
-        parts += [read_projection(linear, compress) for linear in (layer.linear1, layer.linear2)]
-        norms = [layer.norm1, layer.norm2]
-        return _weights(parts, norms, attention.head_dim, self.activation, layer.norm_first)
-
-
-@dataclass(frozen=True)
-class PositionBias:
-    """Calls the method of an encoder that gives a bias (B, heads, S, S) for x (B, S, H), and takes (heads, S, S)."""
-
-    method: str
-
-    def __call__(self, encoder: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return getattr(encoder, self.method)(x[:1])[0].float().contiguous()
-
-
-def _weights(
-    parts: list[SparseProjection], norms: list[Any], head_dim: int, activation: str, pre_norm: bool
-) -> EncoderWeights:
-    for norm in norms:
-        if type(norm) is not nn.LayerNorm:
-            raise TypeError(f"expected an nn.LayerNorm, got {type(norm).__name__}")
-        if norm.weight is None or norm.eps != norms[0].eps:
-            raise ValueError("norms without a weight, or with different eps")
-    rows = tuple(range(0, parts[0].weight.shape[0] + 1, head_dim))
-    hidden = norms[0].normalized_shape[0]
-    norm1, norm2 = ((read_vector(n.weight, hidden, n.weight), read_vector(n.bias, hidden, n.weight)) for n in norms)
-    query, key, value, output, fc1, fc2 = parts
-    return EncoderWeights(
-        query,
-        key,
-        value,
-        output,
-        fc1,
-        fc2,
-        norm1,
-        norm2,
-        query_rows=rows,
-        value_rows=rows,
-        scale=head_dim**-0.5,
-        activation=activation,
-        eps=norms[0].eps,
-        pre_norm=pre_norm,
-    )
-
-
-def activation_name(function: Any) -> str | None:
-    """Which of ACTIVATIONS a function or module without parameters is, by what it does; None if it is none."""
-    if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
-        return None
-    x = torch.linspace(-6, 6, 97)
-    with torch.no_grad():
-        y = function(x)
-    matches = (name for name, known in ACTIVATIONS.items() if torch.allclose(y, known(x), rtol=0, atol=1e-5))
-    return next(matches, None)
-
-
-def _at(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def _guard_length(owner: nn.Module) -> Any:

@@ -25,12 +25,14 @@ from ..checkpoint import (
     CheckpointError,
     linear_for,
     parse_description,
+    parse_fused,
     read_layers,
     to_disk,
 )
 from ..convert import replace_modules
 from ..formats.block import INDEX_DTYPE
 from ..layers import SparseLinear
+from .encoders import fuse_again_
 
 
 @register_quantization_config(METHOD)
@@ -38,14 +40,22 @@ class SparseNlpConfig(QuantizationConfigMixin):
     """The `quantization_config` block of config.json. Raises CheckpointError for one that does not make sense."""
 
     def __init__(
-        self, format_version: Any = FORMAT_VERSION, modules: Any = None, quant_method: str = METHOD, **unknown: Any
+        self,
+        format_version: Any = FORMAT_VERSION,
+        modules: Any = None,
+        quant_method: str = METHOD,
+        fused_encoders: Any = None,
+        **unknown: Any,
     ) -> None:
         if unknown:
             raise CheckpointError(f"{CONFIG_FILE}: expected no other fields in quantization_config, got {[*unknown]}")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers compares it with plain strings
         self.format_version = format_version
         self.modules = {} if modules is None else modules
+        if fused_encoders is not None:
+            self.fused_encoders = fused_encoders
         parse_description(self.to_dict())
+        parse_fused(self.to_dict())
 
 
 @register_quantizer(METHOD)
@@ -99,6 +109,8 @@ class SparseNlpQuantizer(HfQuantizer):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
                 if layer in self._scales:  # transformers casts them to the model's dtype
                     layer.scales = self._scales.pop(layer).to(layer.values.device)
+        fused = parse_fused(self.quantization_config.to_dict()).items()
+        fuse_again_(model, {_local_name(model, name) or name: options for name, options in fused})
         model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
         return model
 
