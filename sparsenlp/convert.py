@@ -17,6 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from .choose import RESULT_TOLERANCE, Candidate, Chooser, sparse_layer
 from .cost import CostModel
 from .formats.block import split_blocks
+from .layers import SparseEncoder
 from .measure import machine, use_threads
 from .models import after_conversion
 from .plan import MEASURES, BlockShape, Plan, PlanRow
@@ -160,6 +161,7 @@ def _obstacles(model: nn.Module) -> dict[int, str]:
     reasons = {}
     owners: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for module in model.modules():
+        module = module.original if isinstance(module, SparseEncoder) else module
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path reads the weights itself
             for child in (module.linear1, module.linear2):
                 reasons[id(child)] = "weight is read by nn.TransformerEncoderLayer"

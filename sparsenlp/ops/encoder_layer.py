@@ -261,7 +261,7 @@ _SCHEMAS = {
     "encoder_layer": f"(Tensor stream, Tensor spans, {_PROJECTIONS}, Tensor[] norms, int[] query_rows, "
     "int[] value_rows, float scale, str activation, float eps, bool pre_norm, Tensor? position_bias=None, "
     'str precision="float32") -> Tensor',
-    "encoder_unpack": "(Tensor stream, Tensor spans, int batch, int length, ScalarType dtype) -> Tensor",
+    "encoder_unpack": "(Tensor stream, Tensor spans, SymInt batch, SymInt length, ScalarType dtype) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"sparsenlp::{_name}", _schema)

@@ -236,6 +236,23 @@ def test_compile_and_export(name, how):
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_export_and_compile_with_any_length(name):
+    model = sparse(build(TEXT[name]))
+    fuse_encoders_(model)
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    dims = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=18)}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, dims)).module()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for rows, length in ((4, 12), (2, 9), (3, 17)):
+        ids = torch.randint(5, 50, (rows, length))
+        mask = (torch.arange(length) < torch.tensor([length, 4, 2, 1])[:rows, None]).long()
+        expected = hidden(model, input_ids=ids, attention_mask=mask)
+        got = program(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(hidden(compiled, input_ids=ids, attention_mask=mask), expected, rtol=2e-5, atol=2e-5)
+
+
 def test_compiled_model_sees_new_weights():
     model = build(TEXT["bert"]).to(torch.bfloat16)
     fuse_encoders_(model)
@@ -537,6 +554,19 @@ def test_torch_encoder_layer(calls):
         torch.testing.assert_close(model[1](x), layer(x), rtol=2e-5, atol=2e-5)
     assert len(calls) == 2
     assert [name for name, _ in model.named_parameters()][2] == "1.self_attn.in_proj_weight"
+
+
+def test_linears_inside_a_fused_torch_layer_stay():
+    """Its original reads their weights itself."""
+    model = nn.Sequential(nn.Linear(32, 32), torch_encoder().layers[0])
+    fuse_encoders_(model)
+    with torch.no_grad():
+        for linear in (model[0], model[1].linear1):
+            linear.weight[8:] = 0
+        plan = sparsify_(model, SparsifyConfig(measure="off"))
+        assert {row.name for row in plan.rows if row.block} == {"0"}
+        model.train()
+        assert model(torch.randn(2, 3, 32)).isfinite().all()
 
 
 def test_sparse_linears_beside_a_torch_encoder():
