@@ -181,9 +181,9 @@ class SparseEncoder(nn.Module):
         """Whether forward hooks on the modules inside have to see this call."""
         return True
 
-    def gather(self, compress: bool = False) -> list[tuple[Any, ...]]:
-        """The arguments of the op for each layer."""
-        return [arguments(self.read(layer, compress)) for layer in self.layers_inside()]
+    def gather(self, compress: bool = False) -> list[EncoderWeights]:
+        """The weights of each layer."""
+        return [self.read(layer, compress) for layer in self.layers_inside()]
 
     def fuses(self, x: Tensor) -> bool:
         """Whether a call on x (B, S, H) can be fused."""
@@ -197,12 +197,15 @@ class SparseEncoder(nn.Module):
         """The fused layers on x (B, S, H), for which `fuses` was true; mask (B, S) bool, True for real tokens."""
         gathered = self._gathered
         if gathered is None or (torch.compiler.is_compiling() and not self.compress):  # constants of a graph age
-            layers, bias = self.gather(), None if self.bias is None else self.bias(self.original, x)
+            layers = [arguments(weights) for weights in self.gather()]
+            bias = None if self.bias is None else self.bias(self.original, x)
         else:
             layers, bias = gathered.layers, gathered.position_bias(self, x)
         stream, spans = encoder_pack(x.detach(), mask, self.tile)  # torch.export traces with gradients on
+        query = layers[0][0]
+        precision = "float32" if query[2].dtype == torch.float32 else self.precision  # the model's dtype may change
         for layer in layers:
-            stream = call(stream, spans, layer, bias, self.precision)
+            stream = call(stream, spans, layer, bias, precision)
         return encoder_unpack(stream, spans, x.shape[0], x.shape[1], x.dtype)
 
     def train(self, mode: bool = True) -> SparseEncoder:
@@ -240,11 +243,17 @@ class SparseEncoder(nn.Module):
 
 
 class _Gathered:
-    """The arguments of all layers, and what they were gathered from. Making one raises what `read` raises."""
+    """The arguments of all layers, and what they were gathered from.
+
+    Making one raises TypeError or ValueError for layers that cannot be fused.
+    """
 
     def __init__(self, encoder: SparseEncoder) -> None:
         with torch.no_grad():
-            self.layers = encoder.gather(encoder.compress)
+            gathered = encoder.gather(encoder.compress)
+        for weights in gathered:
+            check_weights(weights)
+        self.layers = [arguments(weights) for weights in gathered]
         modules = list(encoder.modules())
         self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         used = [(m._modules, name, c) for m in modules for name, c in m._modules.items() if _has_parameters(c)]

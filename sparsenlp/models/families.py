@@ -147,7 +147,7 @@ class PositionBias:
 
     def __call__(self, encoder: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
-            return getattr(encoder, self.method)(x[:1])[0].float().contiguous()
+            return getattr(encoder, self.method)(x.new_empty(1, x.shape[1], 0))[0].float().contiguous()
 
 
 def _weights(

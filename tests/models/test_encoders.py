@@ -163,6 +163,23 @@ def test_padding_elsewhere(name, padding, calls):
     assert len(calls) == (0 if name == "mpnet" and padding == "holes" else 2)  # its bias goes by distance
 
 
+def test_change_of_dtype_after_fusing_in_bfloat16(calls):
+    model = sparse(build(TEXT["bert"])).to(torch.bfloat16)
+    fuse_encoders_(model)
+    hidden(model)
+    hidden(model.float())
+    assert [arguments[4] for arguments in calls] == ["bfloat16"] * 2 + ["float32"] * 2
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_empty_batch(name):
+    model = build(TEXT[name])
+    fuse_encoders_(model)
+    x = torch.empty(0, 12, 32)
+    with torch.no_grad():
+        assert model.encoder(x)[0].shape == x.shape
+
+
 def test_without_mask_and_with_embeddings(calls):
     model = sparse(build(TEXT["bert"]))
     expected = hidden(model, attention_mask=None)
@@ -397,9 +414,11 @@ def test_change_of_dtype_and_lora_like_replacements(calls):
     model = sparse(build(TEXT["bert"]))
     fuse_encoders_(model)
     hidden(model)
+    for dtype, fused in ((torch.bfloat16, 2), (torch.float32, 2), (torch.float16, 0)):
+        del calls[:]
+        assert hidden(model.to(dtype)).dtype == dtype
+        assert len(calls) == fused
     model.to(torch.bfloat16)
-    assert hidden(model).dtype == torch.bfloat16
-    del calls[:]
 
     class Wrapped(nn.Linear):
         def forward(self, x):
