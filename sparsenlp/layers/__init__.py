@@ -1,8 +1,8 @@
 """nn.Modules: buffers plus one call of an op."""
 
 from .embeddings import FusedEmbeddings
-from .encoder import SparseEncoderLayer
+from .encoder import SparseEncoder, SparseEncoderLayer
 from .linear import SparseLinear
 from .nm_linear import NMLinear
 
-__all__ = ["FusedEmbeddings", "NMLinear", "SparseEncoderLayer", "SparseLinear"]
+__all__ = ["FusedEmbeddings", "NMLinear", "SparseEncoder", "SparseEncoderLayer", "SparseLinear"]
