@@ -188,7 +188,7 @@ def bench(
     total = len(settings) * (len(ways) + 1)
     notify = on_progress or (lambda done, total, what: None)
     done = 0
-    with use_threads(threads), torch.inference_mode(), _compiling(len(ways)):
+    with use_threads(threads), torch.inference_mode(), compiling(len(ways)):
         for setting in settings:
             torch._dynamo.reset()
             inputs = random_inputs(dense, setting)
@@ -247,8 +247,8 @@ def random_inputs(model: nn.Module, setting: Setting) -> Inputs:
 
 
 @contextmanager
-def _compiling(models: int) -> Iterator[None]:
-    """Freeze weights, and let torch.compile hold so many models that share their code."""
+def compiling(models: int) -> Iterator[None]:
+    """While models compile and run: freeze weights, and let torch.compile hold so many models that share their code."""
     import torch._dynamo
     import torch._inductor.config as inductor
 

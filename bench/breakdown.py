@@ -1,0 +1,118 @@
+"""Where a forward pass spends its time: every microsecond belongs to one part, so that they sum to the whole.
+
+Parts are (place, kind): the place is the embeddings, the encoder, the head or between them, the kind an operator
+or "outside of operators", which is Python, the dispatcher, and the profiler's own work of about a microsecond for
+each operator. So the share of that kind is an upper bound of the dispatch overhead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from sparsenlp.benchmark import Inputs
+
+Parts = Counter[tuple[str, str]]
+"""Seconds by (place, kind)."""
+
+PLACES = {"embeddings": "embeddings", "encoder": "encoder", "transformer": "encoder", "pooler": "head"}
+"""Name of a child of the model -> its place."""
+
+OUTSIDE = "outside of operators"
+BETWEEN = "between"
+
+KINDS = {
+    "bsr_linear": "sparse linear",
+    "encoder_layer": "fused layer",
+    "encoder_pack": "pack and unpack",
+    "encoder_unpack": "pack and unpack",
+    "linear": "dense linear",
+    "addmm": "dense linear",
+    "scaled_dot_product_attention": "attention",
+    "layer_norm": "layer norm",
+    "gelu": "activation",
+    "embedding": "embedding",
+}
+"""Part of an operator's name -> its kind; others are "other operators"."""
+
+_PREFIX = "place: "
+
+
+def breakdown(model: nn.Module, inputs: Inputs, repeats: int = 20) -> dict[str, Any]:
+    """Profile a model, and return JSON data on one forward pass: the mean of the faster half of `repeats`.
+
+    parts    [place, kind, seconds] in descending order; they sum to the whole
+    whole    seconds of the profiled pass
+    outside  share of `whole` that is outside of operators
+    """
+    with torch.inference_mode(), _marked(model):
+        for _ in range(3):
+            model(**inputs)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(repeats):
+                with record_function("forward"):
+                    model(**inputs)
+    roots = [event for event in profiler.events() if event.name == "forward" and event.cpu_parent is None]
+    roots = sorted(roots, key=_seconds)[: -(-len(roots) // 2)]
+    parts: Parts = Counter()
+    for root in roots:
+        parts.update(_parts(root, BETWEEN))
+    whole = sum(_seconds(root) for root in roots) / len(roots)
+    outside = sum(seconds for (_, kind), seconds in parts.items() if kind == OUTSIDE) / len(roots)
+    rows = [[*part, seconds / len(roots)] for part, seconds in parts.most_common()]
+    return {"parts": rows, "whole": whole, "outside": outside / whole}
+
+
+def _seconds(event: Any) -> float:
+    return event.time_range.elapsed_us() * 1e-6
+
+
+def _parts(event: Any, place: str) -> Parts:
+    """Divide a range, which is the forward pass or a place, among its operators; what they leave is outside."""
+    parts: Parts = Counter({(place, OUTSIDE): _seconds(event)})
+    for child in event.cpu_children:
+        parts[place, OUTSIDE] -= _seconds(child)
+        if child.name.startswith(_PREFIX):
+            parts.update(_parts(child, child.name.removeprefix(_PREFIX)))
+        else:
+            parts[place, kind_of(child.name)] += _seconds(child)
+    return parts
+
+
+def kind_of(operator: str) -> str:
+    """The kind of an operator by its name, as "aten::layer_norm"."""
+    name = operator.partition("::")[2]
+    return next((kind for part, kind in KINDS.items() if part in name), "other operators")
+
+
+@contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    """Let the children of a model show as ranges in a profile."""
+    with ExitStack() as stack:
+        for name, child in model.named_children():
+            if child is not None and name in PLACES:
+                ranges: list[Any] = []
+                stack.callback(child.register_forward_pre_hook(_opener(ranges, _PREFIX + PLACES[name])).remove)
+                stack.callback(child.register_forward_hook(_closer(ranges)).remove)
+        yield
+
+
+def _opener(ranges: list[Any], name: str) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        ranges.append(record_function(name))
+        ranges[-1].__enter__()
+
+    return hook
+
+
+def _closer(ranges: list[Any]) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    return hook
