@@ -7,7 +7,7 @@ NATIVE := $(or $(SPARSENLP_NATIVE),1)
 BUILT := $(VENV)/.built-$(NATIVE)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test sanitize emulate lint format bench demo demo-quick dist clean
+.PHONY: build test sanitize emulate lint format bench bench-e2e demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -44,6 +44,11 @@ bench: build
 	$(BIN)/python bench/nm_linear.py
 	$(BIN)/python bench/add_layer_norm.py
 	$(BIN)/python bench/embed_layer_norm.py
+
+# About a quarter of an hour, and as much again for other engines, where SPARSENLP_PEERS names a Python that has
+# them (see bench/model_peers.py). BENCH=--full sweeps, for hours.
+bench-e2e: build
+	$(BIN)/python bench/end_to_end.py --peers $(BENCH)
 
 demo: build
 	$(BIN)/sparsenlp demo

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module, util
 from typing import Any
 
@@ -21,15 +22,16 @@ from sparsenlp.benchmark import Setting as FullSetting
 from sparsenlp.classifiers import silent_transformers
 from sparsenlp.convert import replace_modules
 from sparsenlp.data.demo import minilm_directory, rotten_tomatoes
-from sparsenlp.prune import Block, finalize_, prune_
 from sparsenlp.prune.layers import prunable
-from sparsenlp.prune.masks import local_masks
 
 BLOCKS = {"fp32": (8, 1), "bf16": (8, 2), "int8": (8, 4)}
 """Precision -> the block shape that it runs best with."""
 
 FUSION = "sparsenlp.models.encoders"
 """The module whose `fuse_encoders_` turns encoders into fused layers, where it exists."""
+
+INSIDE = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}
+"""Precision of the weights -> that of attention and activations in fused layers."""
 
 LARGEST_ERROR = {True: 1e-4, False: 1e-3}
 """ours -> largest error in fp32 over the largest value."""
@@ -122,12 +124,13 @@ def make_inputs(model: nn.Module, setting: Setting) -> Inputs:
     return found
 
 
+@torch.no_grad()
 def masked(model: nn.Module, sparsity: float, block: tuple[int, int]) -> nn.Module:
-    """A copy with the least blocks of every layer of the encoder set to zero, the same fraction everywhere."""
+    """A copy with random blocks of every layer of the encoder set to zero, the same fraction everywhere."""
     model = copy.deepcopy(model)
-    if sparsity:
-        prune_(model, Block(*block), sparsity)
-        finalize_(model)
+    generator = torch.Generator().manual_seed(0)
+    for layer in prunable(model).values() if sparsity else ():
+        _keep_best(layer, torch.rand(_blocks(layer, block), generator=generator), 1 - sparsity)
     return model
 
 
@@ -139,15 +142,28 @@ def unevenly_masked(model: nn.Module, block: tuple[int, int]) -> nn.Module:
     """
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
-    layers = prunable(model)
+    layers = list(prunable(model).values())
     low, high = UNEVEN_DENSITY
     densities = torch.logspace(0, 1, len(layers), base=high / low) * low
     shuffled = densities[torch.randperm(len(layers), generator=generator)].tolist()
-    for density, (name, layer) in zip(shuffled, layers.items(), strict=True):
-        rows, columns = (torch.randn(size, generator=generator).exp() for size in layer.weight.shape)
-        scores = {name: layer.weight.abs() * rows[:, None] * columns}
-        layer.weight *= local_masks(scores, Block(*block), 1 - density)[name]
+    for density, layer in zip(shuffled, layers, strict=True):
+        blocks = _blocks(layer, block)
+        rows, columns = (torch.randn(size, generator=generator).exp() for size in blocks)
+        _keep_best(layer, torch.rand(blocks, generator=generator) * rows[:, None] * columns, density)
     return model
+
+
+def _blocks(layer: nn.Linear, block: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of blocks."""
+    return layer.out_features // block[0], layer.in_features // block[1]
+
+
+def _keep_best(layer: nn.Linear, scores: Tensor, density: float) -> None:
+    """Set to zero all but a fraction of the blocks, those with the highest scores (one for each block)."""
+    pruned = min(round((1 - density) * scores.numel()), scores.numel() - 1)
+    mask = scores > scores.flatten().kthvalue(pruned).values if pruned else torch.ones_like(scores, dtype=torch.bool)
+    n, k = layer.out_features // scores.shape[0], layer.in_features // scores.shape[1]
+    layer.weight.unflatten(1, (-1, k)).unflatten(0, (-1, n)).mul_(mask[:, None, :, None])
 
 
 def sparse(model: nn.Module, precision: str) -> nn.Module:
@@ -160,23 +176,25 @@ def sparse(model: nn.Module, precision: str) -> nn.Module:
     return model.to(torch.bfloat16) if precision == "bf16" else model
 
 
-def fused(model: nn.Module) -> nn.Module:
+def fused(model: nn.Module, precision: str) -> nn.Module:
     """The model with its encoder layers fused, in place, where this version can do that."""
     if util.find_spec(FUSION):
-        import_module(FUSION).fuse_encoders_(model)
+        import_module(FUSION).fuse_encoders_(model, precision=INSIDE[precision])
     return model
 
 
-def converted(model: nn.Module, sparsity: float, precision: str) -> tuple[nn.Module, nn.Module]:
-    """(a masked copy of a dense float32 model, ours with the same weights in a precision of BLOCKS)."""
-    reference = masked(model, sparsity, BLOCKS[precision])
-    return reference, fused(sparse(reference, precision))
+@torch.inference_mode(False)
+def converted(model: nn.Module, precision: str) -> nn.Module:
+    """Ours, with the weights of a masked float32 model in a precision of BLOCKS."""
+    return fused(sparse(model, precision), precision)
 
 
+@lru_cache(maxsize=2)
 def load(name: str) -> nn.Module:
     """A model of MODELS, or the dense float32 twin of the encoder in a sparse model's directory.
 
-    Raises CheckpointError for a directory that cannot be read, ValueError for one without sparse layers.
+    It is shared between calls: copy it before you change it. Raises CheckpointError for a directory that cannot be
+    read, ValueError for one without sparse layers.
     """
     if name in MODELS:
         return build(name)

@@ -87,7 +87,16 @@ FULL = Sweep(
     ragged=(False, True),
     detail="BERT-base",
 )
-QUICK = Sweep(models=("tiny",), tokens=(16,), threads=(1,), baselines=("eager fp32",), seconds=0.2, detail="tiny")
+QUICK = Sweep(
+    models=("tiny",),
+    batches=(2,),
+    tokens=(16,),
+    threads=(1,),
+    precisions=("fp32", "int8"),
+    baselines=("eager fp32", "dynamic int8"),
+    seconds=0.2,
+    detail="tiny",
+)
 
 
 def target_groups(sweep: Sweep) -> list[Group]:
@@ -168,9 +177,7 @@ def details(model: str, sweep: Sweep) -> tuple[list[Row], list[Row]]:
         if FOOTPRINT_AVAILABLE:
             with silent_transformers():
                 dense.save_pretrained(folder)  # type: ignore[operator]
-            footprints.append(
-                about | {"name": "dense fp32", "ours": False, **footprint(folder, False, inputs, threads)}
-            )
+            footprints.append(about | {"name": "dense fp32", "ours": False, **footprint(folder, None, inputs, threads)})
         for precision in sweep.precisions:
             say(f"{model}: memory and breakdown, {precision}")
             own = about | {"precision": precision, "name": f"sparsenlp {precision} {zeros:.0%}", "ours": True}
@@ -179,9 +186,9 @@ def details(model: str, sweep: Sweep) -> tuple[list[Row], list[Row]]:
             if FOOTPRINT_AVAILABLE:
                 with tempfile.TemporaryDirectory() as directory, silent_transformers():
                     save_pretrained(ours, directory)
-                    footprints.append(own | footprint(directory, True, inputs, threads))
+                    footprints.append(own | footprint(directory, precision, inputs, threads))
             with torch.inference_mode():
-                breakdowns.append(own | breakdown(encoders.fused(ours), inputs))
+                breakdowns.append(own | breakdown(encoders.fused(ours, precision), inputs))
     return breakdowns, footprints
 
 

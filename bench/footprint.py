@@ -16,17 +16,17 @@ from sparsenlp.benchmark import Inputs
 AVAILABLE = Path("/proc/self/clear_refs").exists()
 
 
-def footprint(folder: str, sparse: bool, inputs: Inputs, threads: int) -> dict[str, float]:
+def footprint(folder: str, precision: str | None, inputs: Inputs, threads: int) -> dict[str, float]:
     """Load a model from a folder that `save_pretrained` wrote, and run it a few times.
 
-    sparse   a directory of ours, whose encoders are fused, or a dense transformers model
-    returns  seconds of loading, resident bytes (`base` with all imports done, and the `peak` since), and `bytes`
-             of the file of weights
+    precision  of a directory of ours, whose encoders are fused; None for a dense transformers model
+    returns    seconds of loading, resident bytes (`base` with all imports done, and the `peak` since), and `bytes`
+               of the file of weights
 
     Raises RuntimeError with the last line of the process if it fails.
     """
     shape = list(inputs["input_ids"].shape)
-    request = json.dumps({"folder": folder, "sparse": sparse, "shape": shape, "threads": threads})
+    request = json.dumps({"folder": folder, "precision": precision, "shape": shape, "threads": threads})
     result = subprocess.run([sys.executable, __file__, request], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"footprint: {[*result.stderr.strip().splitlines(), 'no output'][-1]}")
@@ -34,7 +34,7 @@ def footprint(folder: str, sparse: bool, inputs: Inputs, threads: int) -> dict[s
     return {**json.loads(result.stdout.splitlines()[-1]), "bytes": sum(file.stat().st_size for file in weights)}
 
 
-def measure(folder: str, sparse: bool, shape: list[int], threads: int) -> dict[str, float]:
+def measure(folder: str, precision: str | None, shape: list[int], threads: int) -> dict[str, float]:
     """In the child: what `footprint` returns."""
     import torch
     from encoders import fused
@@ -49,7 +49,8 @@ def measure(folder: str, sparse: bool, shape: list[int], threads: int) -> dict[s
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     start = time.perf_counter()
     with torch.inference_mode():
-        model = fused(from_pretrained(folder)) if sparse else AutoModel.from_pretrained(folder)
+        dense = precision is None
+        model = AutoModel.from_pretrained(folder) if dense else fused(from_pretrained(folder), precision)
         model.eval()
         seconds = time.perf_counter() - start
         for _ in range(3):

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +122,30 @@ def prepare(group: Group, servers: Mapping[str, Server], folder: Path) -> Iterat
             engine = Engine(f"sparsenlp {precision} {describe(zeros)}", precision, True, zeros)
             say(f"{group}: {engine.name}")
             reference = masked(dense, zeros, precision, inputs)
-            yield reference.admit_local(engine, encoders.fused(encoders.sparse(reference.model, precision)))
+            yield reference.admit_local(engine, ours(group.model, zeros, precision))
         last = zeros == group.zeros[-1]
         if last or "deepsparse" in servers:
             reference = masked(dense, zeros, "fp32", inputs)
             yield from rivals(group, reference, zeros, last, servers, folder / describe(zeros))
 
 
-def masked(dense: nn.Module, zeros: Zeros, precision: str, inputs: Inputs) -> Reference:
-    """The model with zeros in the blocks of a precision."""
+def with_zeros(dense: nn.Module, zeros: Zeros, precision: str) -> nn.Module:
+    """A copy of the model with zeros in the blocks of a precision."""
     if zeros == "own":
-        model = copy.deepcopy(dense)
-    elif isinstance(zeros, str):
-        model = encoders.unevenly_masked(dense, BLOCKS[precision])
-    else:
-        model = encoders.masked(dense, zeros, BLOCKS[precision])
+        return copy.deepcopy(dense)
+    if isinstance(zeros, str):
+        return encoders.unevenly_masked(dense, BLOCKS[precision])
+    return encoders.masked(dense, zeros, BLOCKS[precision])
+
+
+@lru_cache(maxsize=6)
+def ours(name: str, zeros: Zeros, precision: str) -> nn.Module:
+    """`encoders.converted` of a model, kept for the next input: conversion takes seconds."""
+    return encoders.converted(with_zeros(encoders.load(name), zeros, precision), precision)
+
+
+def masked(dense: nn.Module, zeros: Zeros, precision: str, inputs: Inputs) -> Reference:
+    model = with_zeros(dense, zeros, precision)
     return Reference(model, inputs, hidden_states(model(**inputs)), sparsity_of(model))
 
 

@@ -162,7 +162,7 @@ def draw(results: list[Row], path: Path) -> None:
     handles = [Patch(color=color, label=precision) for precision, color in PRECISION_COLORS.items()]
     axes[0][0].legend(handles=[*handles, Patch(facecolor="white", hatch="//", label="sparsenlp")], fontsize=7)
     here = machine_line({**machine(), "threads": threads})
-    figure.suptitle(f"latency of a forward pass: medians, bars from p20 to p80\n{here}", fontsize=8)
+    figure.suptitle(f"latency of a forward pass: medians, bars from p20 to p80\n{here}", fontsize=8, wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -40,7 +40,7 @@ def versions() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for engine, modules in NEEDS.items():
         try:
-            found[engine] = next(iter([metadata.version(module) for module in modules]))
+            found[engine], *_ = [metadata.version(module) for module in modules]
         except metadata.PackageNotFoundError:
             found[engine] = None
     return found
