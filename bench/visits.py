@@ -39,8 +39,8 @@ class Latency:
 
     @property
     def p99(self) -> float:
-        """99th percentile of all calls; hardly more than the slowest one where there are fewer than 100."""
-        return float(np.percentile(self.calls.samples, 99))
+        """99th percentile of all calls."""
+        return self.calls.percentile(99)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data, seconds; `calls` is the number of timed calls, `rounds` of visits."""

@@ -135,7 +135,7 @@ class LatencyReport:
         return f"{row.name}: " + "; ".join(f"{words} {', '.join(at)}" for words, at in parts if at)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON data; times in seconds."""
+        """JSON data; times in seconds, throughput in sequences per second by the median."""
         return {
             "machine": self.machine,
             "spread": self.spread,
@@ -151,8 +151,11 @@ class LatencyReport:
             if setting in row.missing:
                 cells[str(setting)] = {"missing": row.missing[setting]}
             else:
+                timing = row.timings[setting]
                 cells[str(setting)] = {
-                    **row.timings[setting].as_dict(),
+                    **timing.as_dict(),
+                    "p99": timing.percentile(99),
+                    "throughput": setting.batch / timing.median,
                     "speedup": None if speedup is None else speedup.as_dict(),
                     "difference": row.differences[setting],
                 }

@@ -47,6 +47,10 @@ class Summary:
         """(p80 - p20) / median: 0.1 means that the middle 60 % of the samples lie within about ±5 %."""
         return (self.p80 - self.p20) / self.median if self.median else 0.0
 
+    def percentile(self, percent: float) -> float:
+        """Of the samples; hardly less than the largest one where they are fewer than 100 / (100 - percent)."""
+        return float(np.percentile(self.samples, percent))
+
     def as_dict(self, samples: bool = False) -> dict[str, Any]:
         """The statistics as JSON data, with the samples themselves where asked."""
         data: dict[str, Any] = {"median": self.median, "p20": self.p20, "p80": self.p80, "rounds": len(self.samples)}

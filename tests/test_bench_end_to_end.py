@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_bert import save_tiny_bert
 
-pytest.importorskip("transformers", reason="the models come from transformers")
+from sparsenlp import SparsifyConfig, save_pretrained, sparsify_
+from sparsenlp.prune import Block, finalize_, prune_
+
+transformers = pytest.importorskip("transformers", reason="the models come from transformers")
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -172,6 +176,20 @@ def reference(bench_modules):
     model = encoders.build("tiny")
     with torch.no_grad():
         return masked(model, 0.9, "fp32", encoders.make_inputs(model, encoders.Setting(2, 16)))
+
+
+def test_the_zeros_of_a_given_model(tmp_path):
+    from encoders import Setting
+    from model_latency import Group, measure
+
+    model = transformers.AutoModel.from_pretrained(save_tiny_bert(tmp_path / "dense"))
+    prune_(model, Block(8, 1), 0.75)
+    sparsify_(finalize_(model), SparsifyConfig(measure="off"))
+    save_pretrained(model, tmp_path / "sparse")
+    group = Group(str(tmp_path / "sparse"), Setting(2, 16), ("own",), 1, ("fp32", "bf16"), ("eager fp32",))
+    rows = measure(group, 0.0, {})
+    assert [row["name"] for row in rows] == ["sparsenlp fp32 own", "sparsenlp bf16 own", "torch eager fp32"]
+    assert all(row["sparsity"] == pytest.approx(0.75, abs=0.01) and row["missing"] is None for row in rows)
 
 
 def test_a_wrong_result_is_not_timed(reference):

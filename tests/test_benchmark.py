@@ -63,6 +63,9 @@ def test_report_is_json(dense, sparse):
     data = json.loads(json.dumps(run(dense, sparse).as_dict()))
     assert data["settings"][1] == {"batch": 3, "tokens": 8}
     assert data["rows"][0]["seconds"]["1 x 4"]["rounds"] >= 5
+    cell = data["rows"][0]["seconds"]["3 x 8"]
+    assert cell["p80"] <= cell["p99"]
+    assert cell["throughput"] == pytest.approx(3 / cell["median"])
     assert data["verdicts"][0].startswith("pruned, eager fp32: ")
 
 
