@@ -97,7 +97,7 @@ def say(text: str) -> None:
 def measure(group: Group, seconds: float, peers: Mapping[str, str | None]) -> list[Row]:
     """Build, check and time every engine: a row for each.
 
-    seconds  of timing, in all, beside 5 rounds
+    seconds  of timing, in all, unless 3 rounds take longer
     peers    other engines and their versions, as `model_peers.versions`; empty for none
     """
     with ExitStack() as stack:

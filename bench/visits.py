@@ -17,6 +17,8 @@ from peer_server import call_for
 
 from sparsenlp.measure import Timing
 
+ROUNDS = 8
+
 Visit = Callable[[float], list[float]]
 """Call an engine once untimed, then until so many seconds are over, at least once; returns seconds for each call."""
 
@@ -62,8 +64,8 @@ def local(step: Callable[[], object], pause: float = 0.0) -> Visit:
     return visit
 
 
-def in_turn(visits: Mapping[str, Visit], seconds: float, min_rounds: int = 5) -> dict[str, Latency]:
-    """Visit all engines, A B A B ..., until `seconds` are over; an equal share of a round's time for each.
+def in_turn(visits: Mapping[str, Visit], seconds: float, min_rounds: int = 3) -> dict[str, Latency]:
+    """Visit all engines, A B A B ..., until `seconds` are over; each gets as much of them, in about ROUNDS visits.
 
     min_rounds  rounds that are made even if that takes longer
 
@@ -71,7 +73,7 @@ def in_turn(visits: Mapping[str, Visit], seconds: float, min_rounds: int = 5) ->
     """
     if not visits or min_rounds < 1:
         raise ValueError(f"in_turn: expected an engine and a round, got {len(visits)} and {min_rounds}")
-    slice_seconds = seconds / min_rounds / len(visits)
+    slice_seconds = seconds / max(ROUNDS, min_rounds) / len(visits)
     rounds: dict[str, list[list[float]]] = {name: [] for name in visits}
     end, count = time.perf_counter() + seconds, 0
     while count < min_rounds or time.perf_counter() < end:

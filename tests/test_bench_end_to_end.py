@@ -46,7 +46,7 @@ def test_every_engine_is_right_and_timed(record):
         assert row["sparsity"] == pytest.approx(0.9, abs=0.01)
         seconds = row["seconds"]
         assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"] <= seconds["p99"]
-        assert seconds["calls"] >= seconds["rounds"] >= 5
+        assert seconds["calls"] >= seconds["rounds"] >= 3
         assert row["sequences_per_second"] == pytest.approx(row["batch"] / seconds["median"], rel=1e-3)
 
 
@@ -156,7 +156,7 @@ def test_engines_are_visited_in_turn():
     assert found["a"].calls.samples == (1.0, 3.0, 2.0) * 3
     assert (found["a"].median, found["b"].p99) == (2.0, 4.0)
     assert found["b"].as_dict() == {"median": 4.0, "p20": 4.0, "p80": 4.0, "p99": 4.0, "calls": 3, "rounds": 3}
-    with pytest.raises(ValueError, match="in_turn: expected an engine and a round, got 0 and 5"):
+    with pytest.raises(ValueError, match="in_turn: expected an engine and a round, got 0 and 3"):
         in_turn({}, 1.0)
 
 
