@@ -4,8 +4,8 @@ DeepSparse, which is no longer developed, wants Python 3.8 to 3.11, an old onnx 
 and is wrong); so each engine runs in a process of the interpreter that SPARSENLP_PEERS names:
 
     python3.11 -m venv peers
-    peers/bin/pip install "torch==2.13.*" "zentorch==2.13.*" transformers onnxruntime openvino \
-        onnx==1.16.2 "numpy<2" "pandas<3" ml_dtypes requests tqdm py-machineid geocoder pydantic click pyyaml
+    peers/bin/pip install "numpy<2" onnx==1.16.2 onnxruntime openvino "torch==2.13.*" "zentorch==2.13.*" transformers
+    peers/bin/pip install "numpy<2" "pandas<3" ml_dtypes requests tqdm py-machineid geocoder pydantic click pyyaml
     peers/bin/pip install --no-deps deepsparse==1.8.0 sparsezoo==1.8.1
     SPARSENLP_PEERS=peers/bin/python make bench-e2e
 

@@ -3,7 +3,8 @@
 An engine that is not installed is left out, and `missing` says so. The extra `peers` installs the first two.
 zentorch wants the very torch it was built for (`pip install --no-deps zentorch==2.13.* deprecated wrapt`), and
 DeepSparse, which is no longer developed, Python below 3.12 and an old onnx (`pip install --no-deps
-deepsparse==1.8.0 sparsezoo onnx==1.16.2`, and what `sparsezoo` asks for but numpy); so neither is in the extra.
+deepsparse==1.8.0 sparsezoo==1.8.1 onnx==1.16.2`, and what `sparsezoo` asks for, with numpy<2); so neither is in the
+extra.
 
 Engines bring threads of their own, which go on spinning for a while after a call, on cores that the next
 engine needs: a pause of SETTLE_SECONDS before each (see `harness.warmed`) keeps them apart.
