@@ -40,6 +40,8 @@ static PyObject* kernels(PyObject*, PyObject*) {
 #include "cpu/add_layer_norm/add_layer_norm.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "embed_layer_norm." #dtype},
 #include "cpu/embed_layer_norm/embed_layer_norm.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "decoder_layers." #dtype},
+#include "cpu/decoder_layers/decoder_layers.inc"
   };
   PyObject* all = PyDict_New();
   for (auto& kernel : list) {

@@ -2,6 +2,7 @@
 
 from .add_layer_norm import add_layer_norm
 from .bsr_linear import bsr_linear, bsr_linear_add_
+from .decoder_layers import decoder_layers
 from .embed_layer_norm import embed_layer_norm
 from .encoder_layer import encoder_layer, encoder_pack, encoder_unpack
 from .nm_linear import nm_linear
@@ -10,6 +11,7 @@ __all__ = [
     "add_layer_norm",
     "bsr_linear",
     "bsr_linear_add_",
+    "decoder_layers",
     "embed_layer_norm",
     "encoder_layer",
     "encoder_pack",
