@@ -1,0 +1,100 @@
+"""Keys and values of all layers in one tensor with room to grow, inside a DynamicCache of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..layers.decoder import DecoderStack
+
+LEAST_CAPACITY = 64
+GROWTH = 1.5
+
+
+class KVStore:
+    """data: (2, layers, B, key heads, capacity, head dimension)."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+
+class StoredLayer(DynamicLayer):
+    """A layer's first `length` keys and values of a KVStore; as soon as anybody assigns others, a plain DynamicLayer.
+
+    All that transformers does with a cache between two forwards (crop, reorder for beams, select or repeat
+    sequences, append to it) assigns `keys` and `values`; the next fused forward takes them into a store again.
+    """
+
+    def __init__(self, store: KVStore, index: int, length: int) -> None:
+        self._assigned: dict[str, Tensor | None] = {}
+        self.store: KVStore | None = None
+        super().__init__()
+        self.store, self.index, self.length = store, index, length
+        self.dtype, self.device, self.is_initialized = store.data.dtype, store.data.device, True
+
+    def _view(self, which: int) -> Tensor | None:
+        name = "values" if which else "keys"
+        if self.store is None:
+            return self._assigned.get(name)
+        return self.store.data[which, self.index, :, :, : self.length]
+
+    def _assign(self, name: str, value: Tensor | None) -> None:
+        if self.store is not None:
+            self._assigned = {"keys": self._view(0), "values": self._view(1)}
+            self.store = None
+        self._assigned[name] = value
+
+    keys = property(lambda self: self._view(0), lambda self, value: self._assign("keys", value))
+    values = property(lambda self: self._view(1), lambda self, value: self._assign("values", value))
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self.store is None else self.length
+
+
+def reserve(cache: Any, stack: DecoderStack, batch: int, new: int) -> tuple[Tensor, int] | None:
+    """(data, past) of the cache's KVStore, with room for `new` more tokens; None if the cache is of another kind.
+
+    A plain DynamicCache is made to use a store from now on, with what it holds copied.
+    """
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return None
+    layers: list[Any] = cache.layers
+    _, count, kv_heads, head_dim = stack.cache_shape
+    first = layers[0] if layers else None
+    if type(first) is StoredLayer and (store := first.store) is not None and len(layers) == count:
+        data, past = store.data, first.length
+        fits = data.shape[2] == batch and data.dtype == stack.dtype and data.shape[1] == count
+        if fits and all(type(c) is StoredLayer and c.store is store and c.length == past for c in layers):
+            if past + new > data.shape[4]:
+                store.data = stack.new_cache(batch, _capacity(past + new))
+                store.data[..., :past, :] = data[..., :past, :]
+            return store.data, past
+    if len(layers) not in (0, count) or any(type(c) not in (DynamicLayer, StoredLayer) for c in layers):
+        return None
+    past = cache.get_seq_length()
+    shape = (batch, kv_heads, past, head_dim)
+    for layer in layers if past else ():
+        keys, values = layer.keys, layer.values
+        if keys is None or keys.shape != shape or values.shape != shape or keys.dtype != stack.dtype or not keys.is_cpu:
+            return None
+    data = stack.new_cache(batch, _capacity(past + new))
+    if past:
+        for index, layer in enumerate(layers):
+            data[0, index, :, :, :past] = layer.keys
+            data[1, index, :, :, :past] = layer.values
+    store = KVStore(data)
+    layers[:] = [StoredLayer(store, index, past) for index in range(count)]
+    return data, past
+
+
+def advance(cache: Cache, length: int) -> None:
+    """Record that the store of `cache` now holds `length` tokens."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.length = length
+
+
+def _capacity(tokens: int) -> int:
+    return max(LEAST_CAPACITY, int(tokens * GROWTH))
