@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -97,19 +98,14 @@ class DecoderStack:
         self._hooks: list[Mapping[int, Callable[..., Any]]] = [
             hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
-        found: list[tuple[dict[str, Any], str, Any]] = [
-            (registry, name, item)
-            for module in modules
-            for registry in (module._modules, module._parameters, module._buffers)
-            for name, item in registry.items()
-        ]
-        self._registries = [registry for registry, _, _ in found]
-        self._names = [name for _, name, _ in found]
-        self._items = [item for _, _, item in found]
+        registries = (r for m in modules for r in (m._modules, m._parameters, m._buffers))
+        self._registries: list[dict[str, Any]] = [registry for registry in registries if registry]
+        self._items = [item for registry in self._registries for item in registry.values()]
 
     def unchanged(self) -> bool:
         """Whether every submodule, parameter and buffer still is the object that it was."""
-        return all(map(is_, map(dict.get, self._registries, self._names), self._items))
+        present = chain.from_iterable(map(dict.values, self._registries))
+        return all(map(is_, present, self._items))  # in C: this runs for every token
 
     def hooks(self) -> list[Callable[..., Any]]:
         """The forward hooks of modules that this does not call, global ones included."""

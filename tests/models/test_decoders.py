@@ -5,6 +5,7 @@ import pickle
 from collections import Counter
 
 import pytest
+import smollm2
 import torch
 from torch import nn
 
@@ -377,3 +378,19 @@ def test_errors_leave_the_model_as_it_was(make, message):
     with pytest.raises(ValueError, match=message):
         fuse_decoder_(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@torch.no_grad()
+def test_smollm2(runs):
+    if reason := smollm2.why_missing():
+        pytest.skip(reason)
+    dense = smollm2.load()
+    prune_(dense, Block(16, 1), 0.5)
+    finalize_(dense)
+    model = fused(dense, blocks=((16, 1),))
+    ids = torch.randint(0, 49152, (2, 40), generator=torch.Generator().manual_seed(0))
+    got, expected = model(ids).logits, dense(ids).logits
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+    assert runs == {"fused": 21, "original": 0}
