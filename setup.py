@@ -39,7 +39,7 @@ def isa_flags():
 
 ISA_FLAGS = isa_flags()
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
-SHARES_KERNELS_OF = {"encoder_layer": "bsr_linear", "decoder_layer": "bsr_linear"}
+SHARES_KERNELS_OF = {"encoder_layer": "bsr_linear", "decoder_layers": "bsr_linear"}
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 
 
