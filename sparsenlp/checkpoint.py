@@ -44,10 +44,11 @@ from .convert import replace_modules
 from .formats import BlockSparse
 from .formats.block import INDEX_DTYPE
 from .layers import SparseLinear
+from .layers.encoder import FUSED_PRECISIONS
 from .models import is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
 from .ops.bsr_linear import ACTIVATIONS
-from .ops.encoder_layer import PRECISIONS, TILES
+from .ops.encoder_layer import TILES
 from .report import is_masked
 
 METHOD = "sparsenlp"
@@ -216,7 +217,7 @@ def parse_fused(description: Any, where: str = CONFIG_FILE) -> dict[str, FusionO
             raise CheckpointError(
                 f"{where}: expected precision and tile of fused encoder {name!r}, got {options!r:.200}"
             )
-        if options["precision"] not in PRECISIONS or options["tile"] not in TILES:
+        if options["precision"] not in (None, *FUSED_PRECISIONS) or options["tile"] not in (None, *TILES):
             raise CheckpointError(f"{where}: expected a valid precision and tile of {name}, got {options!r:.200}")
     return {name: dict(options) for name, options in fused.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .block import BlockSparse
@@ -20,10 +21,21 @@ class SparseProjection:
     weight: BlockSparse
     bias: Tensor
 
-    def tensors(self) -> list[Tensor]:
-        """[crow_indices, col_indices, values, bias], and scales where the weights are int8: as ops take them."""
+    def tensors(self, row_sums: bool = False) -> list[Tensor]:
+        """[crow_indices, col_indices, values, bias], and scales where the weights are int8: as ops take them.
+
+        row_sums   also, for int8, 128 times the sum of each row's values, (N,) int32
+        """
         w = self.weight
-        return [w.crow_indices, w.col_indices, w.values, self.bias, *([] if w.scales is None else [w.scales])]
+        tensors = [w.crow_indices, w.col_indices, w.values, self.bias]
+        if w.scales is None:
+            return tensors
+        if not row_sums:
+            return [*tensors, w.scales]
+        n = w.block[0]
+        sums = torch.zeros(w.shape[0] // n, n, dtype=torch.int32, device=self.bias.device)
+        sums.index_add_(0, w.row_indices(), w.values.sum(dim=2, dtype=torch.int32))
+        return [*tensors, w.scales, 128 * sums.flatten()]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dead_weight import DeadWeight, remove_dead_weight
 from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE
 from ..formats.encoder import EncoderWeights, SparseProjection
-from ..ops.encoder_layer import arguments, call, check_weights, encoder_pack, encoder_unpack
+from ..ops.encoder_layer import TILES, arguments, call, check_weights, encoder_pack, encoder_unpack
 from .linear import SparseLinear, _check_incoming
 
 DENSE_ROWS = 8
 """Rows of the blocks that a dense weight is read as; they are as wide as the weight."""
 PROJECTIONS = ("query", "key", "value", "output", "fc1", "fc2")
 NORMS = ("norm1", "norm2")
+FUSED_PRECISIONS = ("float32", "bfloat16", "int8")
 COMPRESS_BELOW = 0.7
 """Density in blocks from which on a dense weight is read as dense."""
 
@@ -145,6 +148,11 @@ class SparseEncoder(nn.Module):
     original   the encoder, which no longer hangs in the model
     read       (layer, compress) -> its EncoderWeights; must be traceable unless `compress`
     bias       (original, x) -> position bias (heads, S, S) float32, or None
+    precision  "float32"; "bfloat16": activations, and weights that are float32, are rounded to it; "int8": weights
+               that are not int8 are quantized, and attention is in bfloat16. Rounded weights are copies. None:
+               "bfloat16" as long as the weights are bfloat16
+    tile       tokens that a kernel works on at a time, 16 or 32; None takes what keeps all threads busy
+    enabled    False runs the original
     """
 
     original: nn.Module
@@ -154,8 +162,8 @@ class SparseEncoder(nn.Module):
         original: nn.Module,
         read: Callable[[nn.Module, bool], EncoderWeights],
         bias: Callable[[nn.Module, Tensor], Tensor] | None = None,
-        precision: str = "float32",
-        tile: int = 16,
+        precision: str | None = None,
+        tile: int | None = None,
         compress: bool = False,
     ) -> None:
         super().__init__()
@@ -170,6 +178,7 @@ class SparseEncoder(nn.Module):
         self.precision = precision
         self.tile = tile
         self.compress = compress
+        self.enabled = True
         self.length_guard: Any = None
         self._gathered: _Gathered | None = None
 
@@ -187,7 +196,14 @@ class SparseEncoder(nn.Module):
 
     def fuses(self, x: Tensor) -> bool:
         """Whether a call on x (B, S, H) can be fused."""
-        if self.training or not x.is_cpu or x.dim() != 3 or x.is_nested or torch.is_autocast_enabled("cpu"):
+        if (
+            not self.enabled
+            or self.training
+            or not x.is_cpu
+            or x.dim() != 3
+            or x.is_nested
+            or torch.is_autocast_enabled("cpu")
+        ):
             return False
         if torch.is_grad_enabled() and not _exporting() and (x.requires_grad or self._trains()):
             return False
@@ -196,17 +212,27 @@ class SparseEncoder(nn.Module):
     def run(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The fused layers on x (B, S, H), for which `fuses` was true; mask (B, S) bool, True for real tokens."""
         gathered = self._gathered
-        if gathered is None or (torch.compiler.is_compiling() and not self.compress):  # constants of a graph age
-            layers = [arguments(weights) for weights in self.gather()]
-            bias = None if self.bias is None else self.bias(self.original, x)
+        traced = torch.compiler.is_compiling() and not self.compress and self.precision != "int8"
+        if gathered is None or traced:  # what was gathered would be constants of the graph, and age
+            layers = [arguments(as_precision(weights, self.precision)) for weights in self.gather()]
+            biases: list[Any] = [None if self.bias is None else self.bias(self.original, x)] * len(layers)
         else:
-            layers, bias = gathered.layers, gathered.position_bias(self, x)
-        stream, spans = encoder_pack(x.detach(), mask, self.tile)  # torch.export traces with gradients on
-        query = layers[0][0]
-        precision = "float32" if query[2].dtype == torch.float32 else self.precision  # the model's dtype may change
-        for layer in layers:
-            stream = call(stream, spans, layer, bias, precision)
+            layers, biases = gathered.layers, gathered.position_biases(self, x)
+        stream, spans = encoder_pack(x.detach(), mask, self.tile or _tile(x))  # torch.export traces with gradients on
+        for layer, bias in zip(layers, biases, strict=True):
+            stream = call(stream, spans, layer, bias, self._inner_precision(layer[0][2].dtype))
         return encoder_unpack(stream, spans, x.shape[0], x.shape[1], x.dtype)
+
+    def _inner_precision(self, weights: torch.dtype) -> str:
+        """Of attention and activations."""
+        if self.precision is None:
+            return "bfloat16" if weights == torch.bfloat16 else "float32"
+        return "float32" if self.precision == "float32" else "bfloat16"
+
+    @property
+    def dead_weight(self) -> list[DeadWeight]:
+        """What each fused layer leaves out; [] where the layers cannot be fused now."""
+        return self._gathered.dead_weight if self._readable() and self._gathered is not None else []
 
     def train(self, mode: bool = True) -> SparseEncoder:
         super().train(mode)
@@ -250,10 +276,12 @@ class _Gathered:
 
     def __init__(self, encoder: SparseEncoder) -> None:
         with torch.no_grad():
-            gathered = encoder.gather(encoder.compress)
+            lean = [remove_dead_weight(weights) for weights in encoder.gather(encoder.compress)]
+            gathered = [as_precision(weights, encoder.precision) for weights, _ in lean]
         for weights in gathered:
             check_weights(weights)
-        self.layers = [arguments(weights) for weights in gathered]
+        self.layers = [arguments(weights, row_sums=True) for weights in gathered]
+        self.dead_weight = [record for _, record in lean]
         modules = list(encoder.modules())
         self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         used = [(m._modules, name, c) for m in modules for name, c in m._modules.items() if _has_parameters(c)]
@@ -267,7 +295,7 @@ class _Gathered:
         copied = encoder.compress or encoder.bias is not None
         self.copied = [i for i, address in enumerate(self.addresses) if copied or address not in shared]
         self.versions = self._versions(parameters)
-        self.bias: tuple[int, Tensor] | None = None
+        self.biases: tuple[int, list[Tensor]] | None = None
 
     def is_current(self) -> bool:
         """Whether all modules and tensors are the same, and nothing that was copied has changed."""
@@ -281,16 +309,40 @@ class _Gathered:
         except (KeyError, TypeError):  # one is gone, or None
             return False
 
-    def position_bias(self, encoder: SparseEncoder, x: Tensor) -> Tensor | None:
-        """Of the length of x (B, S, H), computed when the length changes."""
+    def position_biases(self, encoder: SparseEncoder, x: Tensor) -> list[Any]:
+        """For each layer, of the length of x (B, S, H); computed when the length changes."""
         if encoder.bias is None:
-            return None
-        if self.bias is None or self.bias[0] != x.shape[1]:
-            self.bias = x.shape[1], encoder.bias(encoder.original, x)
-        return self.bias[1]
+            return [None] * len(self.layers)
+        if self.biases is None or self.biases[0] != x.shape[1]:
+            bias = encoder.bias(encoder.original, x)
+            heads = [list(record.kept_heads) for record in self.dead_weight]
+            self.biases = x.shape[1], [bias if len(kept) == len(bias) else bias[kept] for kept in heads]
+        return self.biases[1]
 
     def _versions(self, tensors: list[Any]) -> list[int]:
         return [0 if tensors[i].is_inference() else tensors[i]._version for i in self.copied]
+
+
+def as_precision(weights: EncoderWeights, precision: str | None) -> EncoderWeights:
+    """The layer with weights as `precision` wants them, see SparseEncoder; not traceable for "int8"."""
+    changed: dict[str, Any] = {}
+    for name in PROJECTIONS:
+        projection: SparseProjection = getattr(weights, name)
+        w = projection.weight
+        if precision == "bfloat16" and w.values.dtype == torch.float32:
+            w = replace(w, values=w.values.to(torch.bfloat16))
+        elif precision == "int8" and w.scales is None:
+            w = replace(w, values=w.values.float()).quantize()
+        if w is not projection.weight:
+            changed[name] = SparseProjection(w, projection.bias)
+    return replace(weights, **changed) if changed else weights
+
+
+def _tile(x: Tensor) -> int:
+    """16 where tiles of 32 tokens would leave threads idle."""
+    if torch.compiler.is_compiling():
+        return TILES[0]
+    return TILES[1] if x.shape[0] * x.shape[1] >= TILES[1] * torch.get_num_threads() else TILES[0]
 
 
 def _places(entries: list[tuple[Any, str, Any]]) -> tuple[list[Any], list[str]]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..layers import NMLinear
-from ..layers.encoder import SparseEncoder
-from ..ops.encoder_layer import PRECISIONS, TILES, check_weights
+from ..layers.encoder import FUSED_PRECISIONS, SparseEncoder, as_precision
+from ..ops.encoder_layer import TILES, check_weights
 from ..reference.bsr_linear import ACTIVATIONS
 from ..report import is_masked
 from .families import FAMILIES, TORCH, UNFUSED, Family, FamilyReader, PositionBias, TorchReader, activation_name, at
@@ -47,16 +47,17 @@ class FusionReport:
         return "\n".join(lines)
 
 
-def fuse_encoders_(model: nn.Module, precision: str | None = None, tile: int = 16) -> FusionReport:
+def fuse_encoders_(model: nn.Module, precision: str | None = None, tile: int | None = None) -> FusionReport:
     """Run the encoders in `model` as fused layers for inference on the CPU, on this instance only.
 
     Each encoder of a family in `FAMILIES`, and torch's own, is replaced by a SparseEncoder with the same modules in
     it: names, saving, loading and training stay as they are. Linear layers may be sparse or not. Zeros in the
     dense weights of nn.TransformerEncoderLayer, which `sparsify_` leaves, are skipped by means of a copy.
 
-    precision  of attention and activations: "float32", or "bfloat16" (with bfloat16 or int8 weights only);
-               None takes "bfloat16" where the weights are bfloat16
-    tile       tokens that a kernel works on at a time, 16 or 32
+    precision  "float32"; "bfloat16", to which weights in float32 are rounded too; or "int8", to which weights in
+               other dtypes are quantized (rounded weights are copies: the model keeps its own);
+               None is "bfloat16" as long as the weights are bfloat16
+    tile       tokens that a kernel works on at a time, 16 or 32; None takes what keeps all threads busy
     returns    what was fused, and why others were not
 
     Everything is checked before the first replacement: on any error the model is as it was.
@@ -64,9 +65,9 @@ def fuse_encoders_(model: nn.Module, precision: str | None = None, tile: int = 1
     encoder on several devices, with masks not burned in, or an unknown `precision` or `tile`; TypeError if a
     linear layer is of a class that is neither nn.Linear nor ours.
     """
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"fuse_encoders_: expected a precision among {', '.join(PRECISIONS)}, got {precision!r}")
-    if tile not in TILES:
+    if precision is not None and precision not in FUSED_PRECISIONS:
+        raise ValueError(f"fuse_encoders_: expected a precision among {', '.join(FUSED_PRECISIONS)}, got {precision!r}")
+    if tile not in (None, *TILES):
         raise ValueError(f"fuse_encoders_: expected tiles of 16 or 32 tokens, got {tile}")
     return _fuse(model, _sites(model), {}, {"precision": precision, "tile": tile})
 
@@ -171,7 +172,7 @@ def _site(name: str, module: nn.Module, owner: nn.Module) -> _Site | None:
     return _Site(f"{name}.{family.layer_list}".lstrip("."), layers, [*layers], module, family)
 
 
-def _build(site: _Site, precision: str | None, tile: int) -> SparseEncoder:
+def _build(site: _Site, precision: str | None, tile: int | None) -> SparseEncoder:
     """What takes the place of the encoder; raises _NotFused, or ValueError or TypeError for what is a mistake."""
     where = f"fuse_encoders_: {site.name}"
     devices = {tensor.device for tensor in (*site.module.parameters(), *site.module.buffers())}
@@ -183,7 +184,7 @@ def _build(site: _Site, precision: str | None, tile: int) -> SparseEncoder:
     _check_plain(site, devices)
     read = _reader(site)
     try:
-        weights = [read(layer, False) for layer in site.layers]
+        weights = [as_precision(read(layer, False), precision) for layer in site.layers]
     except TypeError as error:
         raise TypeError(f"{where}: {error}") from None
     except ValueError as error:
@@ -196,14 +197,10 @@ def _build(site: _Site, precision: str | None, tile: int) -> SparseEncoder:
     dtypes = {layer.query.weight.values.dtype for layer in weights}
     if len(dtypes) > 1:
         raise _NotFused(f"layers of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
-    dtype = dtypes.pop()
-    if precision == "bfloat16" and dtype == torch.float32:
-        raise ValueError(f"{where}: expected bfloat16 or int8 weights for precision 'bfloat16', got {dtype}")
-    options: dict[str, Any] = {"precision": precision or ("bfloat16" if dtype == torch.bfloat16 else "float32")}
     if site.family is None:
-        return TORCH[type(site.module)](site.module, read, compress=True, tile=tile, **options)
+        return TORCH[type(site.module)](site.module, read, precision=precision, tile=tile, compress=True)
     bias = PositionBias(site.family.bias) if site.family.bias else None
-    return site.family.encoder(site.module, read, bias, tile=tile, **options)
+    return site.family.encoder(site.module, read, bias, precision, tile)
 
 
 def _check_plain(site: _Site, devices: set[torch.device]) -> None:

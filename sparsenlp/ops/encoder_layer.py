@@ -123,11 +123,11 @@ def encoder_layer(
     return call(stream, spans, arguments(weights), position_bias, precision, backend)
 
 
-def arguments(weights: EncoderWeights) -> tuple[Any, ...]:
-    """The weights as the op takes them, for layers to keep."""
+def arguments(weights: EncoderWeights, row_sums: bool = False) -> tuple[Any, ...]:
+    """The weights as the op takes them, for layers to keep; `row_sums` adds what it would add up at each call."""
     projections = (weights.query, weights.key, weights.value, weights.output, weights.fc1, weights.fc2)
     return (
-        *(projection.tensors() for projection in projections),
+        *(projection.tensors(row_sums) for projection in projections),
         [*weights.norm1, *weights.norm2],
         list(weights.query_rows),
         list(weights.value_rows),

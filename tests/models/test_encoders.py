@@ -208,6 +208,38 @@ def test_other_dtypes(dtype, precision, tile, calls):
     assert {arguments[4] for arguments in calls} == {precision or ("float32" if dtype == "int8" else "bfloat16")}
 
 
+@pytest.mark.parametrize(("precision", "least"), [("bfloat16", 0.9995), ("int8", 0.998)])
+def test_less_precision_than_the_weights(precision, least, calls):
+    model = sparse(build(TEXT["minilm"]), (8, 4))
+    expected, state = hidden(model), {name: t.clone() for name, t in model.state_dict().items()}
+    fuse_encoders_(model, precision)
+    got, real = hidden(model), MASK.bool()
+    cosine = nn.functional.cosine_similarity(got[real], expected[real], dim=1)
+    assert least < cosine.min() < 1 - 1e-7
+    assert {arguments[2][0][2].dtype for arguments in calls} == {getattr(torch, precision)}
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_dead_weight_is_left_out(calls):
+    model = build(TEXT["mpnet"])
+    attention = model.encoder.layer[0].attention.attn
+    with torch.no_grad():
+        attention.v.weight[:16] = 0  # the first head gives a constant
+        model.encoder.layer[1].intermediate.dense.weight[8:40] = 0
+    expected = hidden(model)
+    fuse_encoders_(sparse(model))
+    fused = model.encoder
+    reference = copy.deepcopy(model)
+    reference.encoder.enabled = False
+    expected = hidden(reference)
+    assert not calls
+    torch.testing.assert_close(hidden(model)[MASK.bool()], expected[MASK.bool()], rtol=2e-5, atol=2e-5)
+    assert len(calls) == len(fused.layer)
+    first, second = fused.dead_weight
+    assert first.heads[0] == 1 and second.neurons[0] >= 32
+    assert calls[0][2][0][0].shape[0] - 1 < calls[1][2][0][0].shape[0] - 1  # fewer rows of queries
+
+
 TASKS = [
     ("bert", "AutoModelForSequenceClassification", "logits"),
     ("roberta", "AutoModelForTokenClassification", "logits"),
@@ -429,8 +461,8 @@ def test_change_of_dtype_and_lora_like_replacements(calls):
     assert not calls
 
 
-def test_weights_are_not_copied():
-    model = sparse(build(TEXT["bert"]))
+def test_weights_are_not_copied_where_none_are_dead():
+    model = build(TEXT["bert"])
     fuse_encoders_(model)
     hidden(model)
     own = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -712,12 +744,10 @@ def test_errors_leave_the_model_as_it_was(change, error, message):
 
 def test_errors_of_options():
     model = build(TEXT["bert"])
-    with pytest.raises(ValueError, match="expected a precision among float32, bfloat16, got 'int4'"):
+    with pytest.raises(ValueError, match="expected a precision among float32, bfloat16, int8, got 'int4'"):
         fuse_encoders_(model, "int4")
     with pytest.raises(ValueError, match="expected tiles of 16 or 32 tokens, got 8"):
         fuse_encoders_(model, tile=8)
-    with pytest.raises(ValueError, match="encoder: expected bfloat16 or int8 weights for precision 'bfloat16'"):
-        fuse_encoders_(model, "bfloat16")
     with pytest.raises(ValueError, match="expected a model that contains an encoder, got a BertEncoder"):
         fuse_encoders_(model.encoder)
     assert not any(isinstance(module, SparseEncoder) for module in model.modules())
