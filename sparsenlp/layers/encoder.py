@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from operator import getitem
+from itertools import repeat
+from operator import contains, getitem
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class SparseEncoder(nn.Module):
     that ask for the last hidden state alone, with a mask that only hides padding; others run the original's forward.
     Layers skip padding, and give zeros there. Subclasses know how a kind of encoder is called.
 
-    The encoder and the original share their modules, so state dict, saving, loading and training are the
+    The encoder and the original share their modules and hooks, so state dict, saving, loading and training are the
     original's. Fused layers read the tensors where they are, float32 copies apart (biases and norms of other dtypes),
     and are gathered again after a tensor or module was replaced, or a copied tensor changed.
 
@@ -167,12 +168,8 @@ class SparseEncoder(nn.Module):
         compress: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in vars(original).items():
-            self.__dict__.setdefault(name, value)
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[name] = original.__dict__[name]
+        self.__dict__.update(original.__dict__)
         self.__dict__["original"] = original  # not a submodule: its tensors would have two names
-        self.training = original.training
         self.read = read
         self.bias = bias
         self.precision = precision
@@ -257,11 +254,15 @@ class SparseEncoder(nn.Module):
         return self._gathered is not None
 
     def _observed(self) -> bool:
+        """Whether somebody watches or replaces the forward of a module inside."""
         if self._gathered is not None and not torch.compiler.is_compiling():
-            dicts = self._gathered.hooks
+            dicts, namespaces = self._gathered.hooks, self._gathered.namespaces
         else:
             modules = [module for layer in self.layers_inside() for module in layer.modules()]
             dicts = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+            namespaces = [m.__dict__ for m in modules]
+        if any(map(contains, namespaces, repeat("forward"))):
+            return True
         return any(dicts) and self.hooks_matter([hook for hooks in dicts for hook in hooks.values()])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,6 +285,7 @@ class _Gathered:
         self.dead_weight = [record for _, record in lean]
         modules = list(encoder.modules())
         self.hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.namespaces = [m.__dict__ for m in modules[1:]]
         used = [(m._modules, name, c) for m in modules for name, c in m._modules.items() if _has_parameters(c)]
         self.module_places, self.modules = _places(used), [child for *_, child in used]
         owned = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]

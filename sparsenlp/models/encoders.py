@@ -212,8 +212,8 @@ def _check_plain(site: _Site, devices: set[torch.device]) -> None:
         raise _NotFused(f"no fused kernel on {devices.pop().type}")
     if not site.layers:
         raise _NotFused("it has no layers")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise _NotFused("it has forward hooks, which would be lost")
+    if any("forward" in vars(part) for part in module.modules()):
+        raise _NotFused("the forward of a module in it was replaced")
     config = getattr(module, "config", None)
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise _NotFused("it is a decoder")

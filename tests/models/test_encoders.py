@@ -359,12 +359,30 @@ def test_other_calls_run_the_original(calls):
     hidden(model)
     handle.remove()
     assert len(seen) == 1
+    output = model.encoder.layer[1].output
+    output.forward = lambda x, residual: seen.append(x) or residual
+    hidden(model)
+    del output.forward
+    assert len(seen) == 2
     model.train()
     hidden(model)
     assert not calls
     model.eval()
     hidden(model)
     assert len(calls) == 2
+
+
+def test_hooks_on_the_encoder_stay(calls):
+    model, seen = build(TEXT["bert"]), []
+    model.encoder.register_forward_hook(lambda *a: seen.append("before"))
+    fuse_encoders_(model)
+    model.encoder.register_forward_pre_hook(lambda *a: seen.append("after"))
+    hidden(model)
+    assert seen == ["after", "before"]
+    assert len(calls) == 2
+    model.train()
+    hidden(model)
+    assert seen == ["after", "before"] * 2
 
 
 def test_float_masks_of_padding_are_fused(calls):
@@ -648,8 +666,9 @@ def swish(model):
     model.encoder.layer[1].intermediate.intermediate_act_fn = nn.SiLU()
 
 
-def hooked(model):
-    model.encoder.register_forward_hook(lambda *a: None)
+def replaced_forward(model):
+    layer = model.encoder.layer[0]
+    layer.forward = layer.forward
 
 
 def two_of_four(model):
@@ -678,7 +697,7 @@ def decoder(model):
     [
         (half, "expected weights of dtype float32, bfloat16 or int8, got torch.float16"),
         (swish, "expected one activation, of none, relu, gelu, gelu_tanh"),
-        (hooked, "forward hooks"),
+        (replaced_forward, "the forward of a module in it was replaced"),
         (two_of_four, "2:4 weights have no fused kernel"),
         (half_int8, "expected fc2 of dtype torch.float32, got torch.int8"),
         (static_scale, "without activation and input_scale"),
