@@ -224,3 +224,25 @@ def test_bench_of_norms(op, tmp_path):
         moved = row["bytes_per_second"] * row["seconds"][op]["median"]
         assert moved == pytest.approx(3 * 32 * 384 * (4 if row["dtype"] == "fp32" else 2), rel=1e-3)
         assert row["speedup"]["p20"] <= row["speedup"]["median"] <= row["speedup"]["p80"]
+
+
+def test_decode(tmp_path):
+    pytest.importorskip("transformers", reason="the model comes from transformers")
+    command = [sys.executable, str(BENCH / "decode.py"), "--quick", "--random", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))
+    assert record["model"] == "SmolLM2-135M, random weights"
+    rows = {row["name"]: row for row in record["results"]}
+    assert list(rows) == ["dense", "dense, fused", "80%", "80%, sparse head"]
+    dense = rows["dense"]
+    assert dense["bytes"] == {"layers": 212405760, "head": 56623104}
+    for row in rows.values():
+        seconds = row["seconds"]
+        assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
+        moved = sum(row["bytes"].values()) / seconds["median"]
+        assert row["share_of_bandwidth"] == pytest.approx(moved / row["limits"]["read_bytes"], rel=1e-3)
+    indexed = 1 + 1 / 16  # four bytes of index to a block of 64
+    assert rows["80%"]["bytes"]["layers"] == pytest.approx(0.2 * indexed * dense["bytes"]["layers"], rel=0.01)
+    assert rows["80%"]["bytes"]["head"] == dense["bytes"]["head"] > 4 * rows["80%, sparse head"]["bytes"]["head"]
+    assert [t["got"] for t in record["targets"]] == [rows[n]["time_over_dense"]["median"] for n in [*rows][2:]]
