@@ -6,8 +6,9 @@ Which layers and block shapes come into question, and the surgery, stand here; `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from .choose import RESULT_TOLERANCE, Candidate, Chooser, sparse_layer
+from .choose_encoders import choose_encoders_, first_tensor
 from .cost import CostModel
 from .formats.block import split_blocks
 from .layers import SparseEncoder
+from .layers.encoder import FUSED_PRECISIONS
 from .measure import machine, use_threads
 from .models import after_conversion
-from .plan import MEASURES, BlockShape, Plan, PlanRow
+from .plan import MEASURES, BlockShape, OutputChange, Plan, PlanRow
 from .report import effective_weight
 
 DEFAULT_BLOCKS = ((16, 1), (8, 1), (4, 1), (8, 2), (16, 16), (32, 32), (8, 8), (4, 4), (1, 1))
@@ -46,6 +49,12 @@ class SparsifyConfig:
     seconds       time spent on one measurement, for each token count
     threads       torch threads while measuring, None for the present number
     cost_model    for "model": predict with this one; None for this machine's (see cost.calibrated)
+    fuse          let encoders of known families (models.families) run as fused layers, where that is faster; with
+                  measure "off" without timing
+    precisions    of fused encoders that are allowed beside that of the weights: "bfloat16", "int8"; taken where they
+                  are min_speedup faster. The model keeps its own weights
+    inputs        keyword arguments of the model: its output on them is compared before and after
+    evaluate      model -> a number, of which the plan tells the value before and after
     """
 
     token_counts: tuple[int, ...] = (128,)
@@ -56,6 +65,10 @@ class SparsifyConfig:
     seconds: float = 0.25
     threads: int | None = None
     cost_model: CostModel | None = None
+    fuse: bool = True
+    precisions: tuple[str, ...] = ()
+    inputs: Mapping[str, Any] | None = None
+    evaluate: Callable[[nn.Module], float] | None = None
 
     def __post_init__(self) -> None:
         if not self.token_counts or min(self.token_counts) < 1:
@@ -66,6 +79,10 @@ class SparsifyConfig:
             raise ValueError(f"SparsifyConfig: expected blocks with sides of at least 1, got {self.blocks}")
         if self.measure not in MEASURES:
             raise ValueError(f"SparsifyConfig: expected measure as one of {', '.join(MEASURES)}, got {self.measure!r}")
+        if not set(self.precisions) <= set(FUSED_PRECISIONS):
+            raise ValueError(
+                f"SparsifyConfig: expected precisions among {', '.join(FUSED_PRECISIONS)}, got {self.precisions}"
+            )
         if self.min_speedup <= 0 or self.seconds < 0:
             raise ValueError(
                 f"SparsifyConfig: expected min_speedup > 0 and seconds >= 0, got {self.min_speedup} and {self.seconds}"
@@ -80,7 +97,8 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
     with every block shape that fits its zeros, as `config.measure` says; layers of the same shape and
     alike densities share a measurement. Unless it is "off", no layer becomes sparse before layers like
     it have been timed and were faster. Biases are shared with the old layers, and a Linear used in
-    several places stays shared.
+    several places stays shared. Then encoders of known families become fused layers where that is faster still
+    (see models.fuse_encoders_, which can be undone), with fused embeddings.
 
     filter_fn   (module, qualified name) -> whether to consider a Linear; None considers all
     returns     the Plan: one row per Linear considered, `str(plan)` is a table
@@ -100,6 +118,7 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
             f"got at most {sparsity[best]:.1%} ({best}); prune first"
         )
     obstacles = _obstacles(model)
+    before = _observe(model, config)
     rows: list[PlanRow] = []
     replacements: dict[nn.Module, nn.Module] = {}
     with use_threads(config.threads) as threads, torch.no_grad():
@@ -124,10 +143,41 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
             len(chooser.measurements),
             chooser.model_errors,
         )
-    if replacements:
         replace_modules(model, replacements)
+        try:
+            encoders = choose_encoders_(model, config) if config.fuse else ()
+        except BaseException:
+            replace_modules(model, {sparse: layer for layer, sparse in replacements.items()})
+            raise
+    if replacements or any(row.fused for row in encoders):
         after_conversion(model)
-    return plan
+    return replace(plan, encoders=encoders, change=_change(before, _observe(model, config)))
+
+
+def _observe(model: nn.Module, config: SparsifyConfig) -> tuple[Tensor | None, float | None]:
+    """(output on config.inputs, config.evaluate's number), None where there is none."""
+    output = None
+    if config.inputs is not None:
+        with torch.no_grad():
+            output = first_tensor(_plain(model(**config.inputs))).double()
+    return output, None if config.evaluate is None else float(config.evaluate(model))
+
+
+def _plain(output: Any) -> Any:
+    """A ModelOutput as a tuple."""
+    return tuple(output.values()) if isinstance(output, Mapping) else output
+
+
+def _change(
+    before: tuple[Tensor | None, float | None], after: tuple[Tensor | None, float | None]
+) -> OutputChange | None:
+    if before == (None, None):
+        return None
+    cosine = error = None
+    if before[0] is not None and after[0] is not None:
+        cosine = float(torch.cosine_similarity(before[0], after[0], dim=-1).min())
+        error = float((after[0] - before[0]).abs().max() / before[0].abs().max().clamp_min(1e-30))
+    return OutputChange(cosine, error, before[1], after[1])
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

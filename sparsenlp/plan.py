@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import exp, log
 from typing import Any
 
@@ -15,6 +15,8 @@ Times = dict[int, Timing]
 """{tokens: seconds per call}"""
 Seconds = dict[int, float]
 """{tokens: predicted seconds per call}"""
+SEPARATE = "separate layers"
+"""An encoder that is not fused."""
 MEASURES = ("model", "time", "off")
 """What may decide: a cost model and a timing that confirms it, timings alone, or the pattern of zeros."""
 
@@ -96,6 +98,86 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
+class EncoderPlanRow:
+    """One encoder, timed as it is (SEPARATE) and fused.
+
+    chosen    the option that runs now
+    reason    why
+    speedup   separate time / chosen time, geometric mean over the token counts; None without times
+    times     of each option
+    cosines   of each fused option: least cosine similarity of a token's output to the separate layers', random input
+    dead_weight  for each layer what its fused form leaves out (see dead_weight.DeadWeight.as_dict)
+    """
+
+    name: str
+    kind: str
+    layers: int
+    chosen: str
+    reason: str
+    speedup: float | None = None
+    times: dict[str, Times] = field(default_factory=dict)
+    cosines: dict[str, float] = field(default_factory=dict)
+    dead_weight: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def fused(self) -> bool:
+        return self.chosen != SEPARATE
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data; times in seconds."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "layers": self.layers,
+            "chosen": self.chosen,
+            "reason": self.reason,
+            "speedup": self.speedup,
+            "seconds": {option: _times_dict(times) for option, times in self.times.items()},
+            "cosines": self.cosines,
+            "dead_weight": list(self.dead_weight),
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.name or 'encoder'} ({self.kind}, {self.layers} layers): {self.chosen}, {self.reason}"
+        options = []
+        for option, times in self.times.items():
+            ms = ", ".join(f"{_ms(timing.median)} ms @{tokens}" for tokens, timing in times.items())
+            cosine = f", cosine {self.cosines[option]:.6f}" if option in self.cosines else ""
+            options.append(f"{option} {ms}{cosine}")
+        lines = ["\n  ".join([text, *options])]
+        if any(
+            counts["removed"] for layer in self.dead_weight for counts in layer.values() if isinstance(counts, dict)
+        ):
+            lines.append(f"  dead weight left out: {_dead_weight_text(self.dead_weight)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """How far the output of the converted model is from the one before, on the inputs that were given.
+
+    cosine         least cosine similarity over the last dimension
+    max_error      largest difference / largest magnitude before
+    before, after  what the evaluation function gave; None without one
+    """
+
+    cosine: float | None = None
+    max_error: float | None = None
+    before: float | None = None
+    after: float | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.cosine is not None:
+            parts.append(
+                f"output on the given inputs: cosine {self.cosine:.6f}, largest relative error {self.max_error:.1e}"
+            )
+        if self.before is not None:
+            parts.append(f"evaluated: {self.before:.4f} before, {self.after:.4f} after")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `sparsify_` did. `str(plan)` is a table, `as_dict` the same as JSON data.
 
@@ -104,6 +186,8 @@ class Plan:
     measure       what decided, one of MEASURES
     measurements  how many distinct ones were made
     model_errors  of the cost model, by kind of layer: 90th percentile of its relative error on calls it had not seen
+    encoders      one row for each encoder of a known family
+    change        of the model's output, where inputs or an evaluation were given
     """
 
     rows: tuple[PlanRow, ...]
@@ -113,6 +197,8 @@ class Plan:
     measure: str
     measurements: int
     model_errors: dict[str, float] = field(default_factory=dict)
+    encoders: tuple[EncoderPlanRow, ...] = ()
+    change: OutputChange | None = None
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -135,6 +221,8 @@ class Plan:
             "model_errors": self.model_errors,
             "spread": self.spread,
             "rows": [row.as_dict() for row in self.rows],
+            "encoders": [row.as_dict() for row in self.encoders],
+            "change": None if self.change is None else asdict(self.change),
         }
 
     def __str__(self) -> str:
@@ -166,6 +254,9 @@ class Plan:
         if self.model_errors:
             errors = ", ".join(f"{kind} {error:.0%}" for kind, error in self.model_errors.items())
             lines.append(f"predicted by the cost model, whose error is below (p90, on calls it had not seen) {errors}")
+        lines += map(str, self.encoders)
+        if self.change is not None:
+            lines.append(str(self.change))
         return [*lines, machine_line({**self.machine, "threads": self.threads})]
 
 
@@ -182,6 +273,16 @@ def mean_seconds(seconds: Seconds) -> float:
 def block_name(block: BlockShape) -> str:
     """(8, 1) -> "8x1"."""
     return f"{block[0]}x{block[1]}"
+
+
+def _dead_weight_text(layers: tuple[dict[str, Any], ...]) -> str:
+    """Sums over the layers: "12 of 72 heads, ..."."""
+    parts = []
+    for name in ("heads", "query_dims", "value_channels", "neurons", "blocks"):
+        removed, of = (sum(layer[name][key] for layer in layers) for key in ("removed", "of"))
+        if removed:
+            parts.append(f"{removed} of {of} {name.replace('_', ' ')}")
+    return ", ".join(parts)
 
 
 def _times_dict(times: Times) -> dict[str, Any]:

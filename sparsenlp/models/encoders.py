@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..layers.encoder import FUSED_PRECISIONS, SparseEncoder, as_precision
 from ..ops.encoder_layer import TILES, check_weights
 from ..reference.bsr_linear import ACTIVATIONS
 from ..report import is_masked
+from .embeddings import fuse_embeddings_
 from .families import FAMILIES, TORCH, UNFUSED, Family, FamilyReader, PositionBias, TorchReader, activation_name, at
 
 FusionOptions = dict[str, Any]
@@ -72,23 +73,44 @@ def fuse_encoders_(model: nn.Module, precision: str | None = None, tile: int | N
     return _fuse(model, _sites(model), {}, {"precision": precision, "tile": tile})
 
 
+@dataclass(frozen=True)
+class FusionCandidate:
+    """An encoder of a model, and what could take its place in each precision; nothing where `row` has a reason."""
+
+    row: EncoderRow
+    site: _Site
+    encoders: dict[str | None, SparseEncoder]
+
+
+def fusion_candidates(model: nn.Module, precisions: Sequence[str | None]) -> list[FusionCandidate]:
+    """The encoders in `model`, each fused in each of the precisions but not put in; raises as `fuse_encoders_`."""
+    options = [{"precision": precision, "tile": None} for precision in precisions]
+    return [_candidate(site, options) for site in _sites(model)]
+
+
+def put_in_(model: nn.Module, chosen: Sequence[tuple[FusionCandidate, SparseEncoder]]) -> None:
+    """Let each fused encoder take the place of its original in `model`."""
+    _replace(model, {candidate.site.module: encoder for candidate, encoder in chosen})
+    for candidate, encoder in chosen:
+        encoder.length_guard = _guard_length(candidate.site.owner)
+
+
+def _candidate(site: _Site, options: Sequence[FusionOptions]) -> FusionCandidate:
+    reason = ""
+    encoders: dict[str | None, SparseEncoder] = {}
+    try:
+        encoders = {option["precision"]: _build(site, **option) for option in options}
+    except _NotFused as obstacle:
+        reason = str(obstacle)
+    return FusionCandidate(EncoderRow(site.name, type(site.module).__name__, len(site.layers), reason), site, encoders)
+
+
 def _fuse(
     model: nn.Module, sites: list[_Site], options: Mapping[str, FusionOptions], default: FusionOptions
 ) -> FusionReport:
-    rows: list[EncoderRow] = []
-    replacements: dict[nn.Module, SparseEncoder] = {}
-    for site in sites:
-        reason = ""
-        try:
-            replacements[site.module] = _build(site, **options.get(site.name, default))
-        except _NotFused as obstacle:
-            reason = str(obstacle)
-        rows.append(EncoderRow(site.name, type(site.module).__name__, len(site.layers), reason))
-    _replace(model, replacements)
-    for site in sites:
-        if site.module in replacements:
-            replacements[site.module].length_guard = _guard_length(site.owner)
-    return FusionReport(tuple(rows))
+    candidates = [_candidate(site, [options.get(site.name, default)]) for site in sites]
+    put_in_(model, [(candidate, encoder) for candidate in candidates for encoder in candidate.encoders.values()])
+    return FusionReport(tuple(candidate.row for candidate in candidates))
 
 
 def fused_options(model: nn.Module) -> dict[str, FusionOptions]:
@@ -101,7 +123,10 @@ def fuse_again_(model: nn.Module, options: Mapping[str, FusionOptions]) -> Fusio
     """Fuse the encoders of these names in a model that was loaded, on the CPU alone; others stay as they are."""
     if not options or {p.device.type for p in model.parameters()} != {"cpu"} or fused_options(model):
         return FusionReport(())
-    return _fuse(model, [site for site in _sites(model) if site.name in options], options, {})
+    report = _fuse(model, [site for site in _sites(model) if site.name in options], options, {})
+    if report.fused:
+        fuse_embeddings_(model)
+    return report
 
 
 def unfuse_encoders_(model: nn.Module) -> int:

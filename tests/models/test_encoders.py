@@ -236,7 +236,8 @@ def test_dead_weight_is_left_out(calls):
     torch.testing.assert_close(hidden(model)[MASK.bool()], expected[MASK.bool()], rtol=2e-5, atol=2e-5)
     assert len(calls) == len(fused.layer)
     first, second = fused.dead_weight
-    assert first.heads[0] == 1 and second.neurons[0] >= 32
+    assert first.heads[0] == 1
+    assert second.neurons[0] >= 32
     assert calls[0][2][0][0].shape[0] - 1 < calls[1][2][0][0].shape[0] - 1  # fewer rows of queries
 
 
