@@ -71,7 +71,7 @@ def _choose(candidate: FusionCandidate, config: SparsifyConfig) -> tuple[Encoder
             module.training = training
     if cosines["fused"] < 1 - 1e-3:
         raise RuntimeError(
-            f"sparsify_: expected {found.name} fused to match its layers, got a cosine similarity of {cosines['fused']:.6f}"
+            f"sparsify_: expected {found.name} fused to match its layers, got a cosine similarity of {cosines['fused']:.5f}"
         )
     best, speedup = SEPARATE, 1.0
     for name in options:
