@@ -38,7 +38,6 @@ import smollm2  # isort: skip  (found through harness)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCKS = {"fp32": (16, 1), "bf16": (16, 2)}
-AGREES = {"fp32": 0.999999, "bf16": 0.999}  # least cosine of the logits with those of the masked dense model
 TARGET = ("bf16", 0.8, 0.35)  # time of a token over that of torch bf16
 
 Row = dict[str, Any]
@@ -123,22 +122,20 @@ def build(base: Any, dtype: str, sweep: Sweep) -> list[Model]:
     dense = copy.deepcopy(base).to(DTYPES[dtype])
     models = [Model("dense", dense), Model("dense, fused", fuse_decoder_(copy.deepcopy(dense)))]
     ids = torch.randint(0, base.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
-    check(models[1], dense(ids).logits, ids, dtype)
+    check(models[1], ids, exact=base(ids).logits, dense=dense(ids).logits)
     for sparsity in sweep.sparsities:
-        for sparse_head in (False, True):
-            if sparse_head and sparsity != 0.8:
-                continue
+        for sparse_head in (False, True) if sparsity == TARGET[1] else (False,):
             masked = copy.deepcopy(base)
             if sparse_head:
                 masked.lm_head.weight = nn.Parameter(masked.lm_head.weight.detach().clone())
                 masked.config.tie_word_embeddings = False
             prune_(masked, Block(*BLOCKS[dtype]), sparsity, filter_fn=partial(selects, sparse_head))
-            finalize_(masked).to(DTYPES[dtype])
-            expected = masked(ids).logits
+            exact = finalize_(masked)(ids).logits
+            expected = masked.to(DTYPES[dtype])(ids).logits
             sparsify_(masked, SparsifyConfig(measure="off", blocks=(BLOCKS[dtype],)))
             name = f"{sparsity:.0%}" + (", sparse head" if sparse_head else "")
             models.append(Model(name, fuse_decoder_(masked), sparsity, sparse_head))
-            check(models[-1], expected, ids, dtype)
+            check(models[-1], ids, exact, expected)
     return models
 
 
@@ -147,17 +144,24 @@ def selects(head: bool, _: nn.Module, name: str) -> bool:
     return head or name != "lm_head"
 
 
-def check(model: Model, expected: Tensor, ids: Tensor, dtype: str) -> None:
-    """Raise RuntimeError unless the model's logits agree, all at once and token by token."""
+def check(model: Model, ids: Tensor, exact: Tensor, dense: Tensor) -> None:
+    """Raise RuntimeError unless the logits, computed in two ways, are as good as torch's from the same weights.
+
+    That is: their cosine with the float32 logits `exact` falls short of 1 by at most three times as much as that of
+    the `dense` ones does. A model pruned in one shot is chaotic enough to make any fixed bound on bfloat16 fail.
+    """
+
+    def shortfall(logits: Tensor) -> float:
+        return 1 - float(nn.functional.cosine_similarity(logits.double().flatten(), exact.double().flatten(), dim=0))
+
     out = model.model(ids[:, :-4], use_cache=True)
     logits = [out.logits]
     for at in range(ids.shape[1] - 4, ids.shape[1]):
         out = model.model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits)
-    got = torch.cat(logits, dim=1)
-    cosine = float(nn.functional.cosine_similarity(got.float().flatten(), expected.float().flatten(), dim=0))
-    if not cosine >= AGREES[dtype]:
-        raise RuntimeError(f"decode: expected {dtype} {model.name} to have a cosine of {AGREES[dtype]}, got {cosine}")
+    got, most = shortfall(torch.cat(logits, dim=1)), 1e-6 + 3 * shortfall(dense)
+    if not got <= most:
+        raise RuntimeError(f"decode: expected {model.name} to differ by at most {most:.1e} (1 - cosine), got {got:.1e}")
 
 
 def measure(models: list[Model], dtype: str, sweep: Sweep) -> list[Row]:

@@ -43,7 +43,7 @@ def test_zeros_of_a_dense_model(calls):
             if isinstance(module, nn.Linear) and ".layer." in name:
                 module.weight[torch.rand(module.weight.shape) < 0.9] = 0
     expected = hidden(model)
-    sparsify_(model, SparsifyConfig(measure="off", min_sparsity=0.1))
+    sparsify_(model, SparsifyConfig(measure="off", min_sparsity=0.1, fuse=False))
     fuse_encoders_(model)
     assert_same_tokens(hidden(model), expected)
     assert len(calls) == 2
@@ -256,7 +256,7 @@ def test_sparse_linears_beside_a_torch_encoder():
     fuse_encoders_(model)
     with torch.no_grad():
         model[0].weight[8:] = 0
-        sparsify_(model, SparsifyConfig(measure="off"), lambda module, name: name == "0")
+        sparsify_(model, SparsifyConfig(measure="off", fuse=False), lambda module, name: name == "0")
         assert model(torch.randn(2, 3, 8)).shape == (2, 3, 32)
 
 

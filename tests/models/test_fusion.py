@@ -232,7 +232,7 @@ class TestRoundTrip:
             for n, m in model.named_modules():
                 if isinstance(m, nn.Linear) and ".layer" in f".{n}":
                     m.weight.mul_((torch.rand(m.out_features // 8, m.in_features) < 0.2).repeat_interleave(8, 0))
-        sparsify_(model, SparsifyConfig(measure="off"))
+        sparsify_(model, SparsifyConfig(measure="off", fuse=False))
         fuse_encoders_(model, tile=32)
         inputs = {"pixel_values": PIXELS} if name == "vit" else {"input_ids": IDS, "attention_mask": MASK}
         with torch.no_grad():
@@ -260,7 +260,7 @@ class TestRoundTrip:
         model, x = skeleton(), torch.randn(2, 5, 8)
         with torch.no_grad():
             model[0].weight[8:] = 0
-            sparsify_(model, SparsifyConfig(measure="off"), lambda module, name: name == "0")
+            sparsify_(model, SparsifyConfig(measure="off", fuse=False), lambda module, name: name == "0")
             fuse_encoders_(model)
             expected = model(x)
             loaded = from_pretrained(save_pretrained(model, tmp_path), skeleton())
@@ -306,7 +306,7 @@ def test_linears_inside_a_fused_torch_layer_stay():
     with torch.no_grad():
         for linear in (model[0], model[1].linear1):
             linear.weight[8:] = 0
-        plan = sparsify_(model, SparsifyConfig(measure="off"))
+        plan = sparsify_(model, SparsifyConfig(measure="off", fuse=False))
         assert {row.name for row in plan.rows if row.block} == {"0"}
         model.train()
         assert model(torch.randn(2, 3, 32)).isfinite().all()

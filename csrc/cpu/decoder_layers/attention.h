@@ -108,7 +108,7 @@ template <class E, bool Whole>
 void attend_one(
     const float* query, const E* keys, const E* values, const float* mask, int64_t count, int64_t D, float* scores, E* out) {
   const float most = score<E, Whole>(query, keys, mask, count, D, scores);
-  if (most == -__builtin_inff()) return (void)memset(out, 0, D * sizeof(E));
+  if (mask && most == -__builtin_inff()) return (void)memset(out, 0, D * sizeof(E));
   Vec total = {};
   for (int64_t p = 0; p < count; p += kLanes) {
     const Vec raw = load(scores + p), weight = raw == splat(-__builtin_inff()) ? Vec{} : exp(raw - most);
