@@ -30,27 +30,28 @@ DecoderLayersKernel* layers_kernel(Dtype dtype) {
   return best_kernel(list);
 }
 
-// All phases in one parallel region: a barrier of our own costs a tenth of leaving and entering one. It counts
-// parts, not threads, so that any number of threads, one included, may share the parts. Who waits long gives its
-// core away, since the thread it waits for may want it.
+// All phases in one parallel region, which costs a tenth of entering one for each. Threads take the parts of a
+// phase as they come, and one that waits for a phase to end holds none: where another process has its core, the
+// rest go on without it. Any number of threads, one included, may do any number of parts.
 template <class Kernel, class Args>
-void run_phases(Kernel* kernel, const Args& args, int phases, int64_t parts, float* scratch, size_t scratch_words) {
+void run_phases(Kernel* kernel, const Args& args, int64_t phases, int64_t parts, float* scratch, size_t scratch_words) {
   constexpr int kSpins = 4000;
-  std::atomic<int64_t> finished{0};
-  auto shares = [&](int64_t begin, int64_t end) {
-    for (int phase = 0; phase < phases; phase++) {
-      for (int64_t part = begin; part < end; part++)
-        kernel(args, phase, static_cast<int>(part), static_cast<int>(parts), scratch + part * scratch_words);
-      finished.fetch_add(end - begin, std::memory_order_acq_rel);
-      for (int spins = 0; finished.load(std::memory_order_acquire) < parts * (phase + 1); spins++) {
-        if (spins > kSpins) {
-          sched_yield();
-          continue;
-        }
+  std::atomic<int64_t> next{0}, finished{0};
+  auto shares = [&](int64_t, int64_t) {
+    int spins = 0;
+    for (int64_t at = next.load(); at < phases * parts; at = next.load(std::memory_order_relaxed)) {
+      const int64_t phase = at / parts, part = at % parts;
+      if (finished.load(std::memory_order_acquire) < phase * parts) {
+        if (++spins > kSpins) sched_yield();
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
+        continue;
       }
+      if (!next.compare_exchange_weak(at, at + 1, std::memory_order_relaxed)) continue;
+      kernel(args, static_cast<int>(phase), static_cast<int>(part), static_cast<int>(parts), scratch + part * scratch_words);
+      finished.fetch_add(1, std::memory_order_release);
+      spins = 0;
     }
   };
   if (parts == 1) return shares(0, 1);
