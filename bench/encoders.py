@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module, util
 from typing import Any
 
 import torch
@@ -22,13 +21,11 @@ from sparsenlp.benchmark import Setting as FullSetting
 from sparsenlp.classifiers import silent_transformers
 from sparsenlp.convert import replace_modules
 from sparsenlp.data.demo import minilm_directory, rotten_tomatoes
+from sparsenlp.models.encoders import fuse_encoders_, unfuse_encoders_
 from sparsenlp.prune.layers import prunable
 
 BLOCKS = {"fp32": (8, 1), "bf16": (8, 2), "int8": (8, 4)}
 """Precision -> the block shape that it runs best with."""
-
-FUSION = "sparsenlp.models.encoders"
-"""The module whose `fuse_encoders_` turns encoders into fused layers, where it exists."""
 
 INSIDE = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}
 """Precision of the weights -> that of attention and activations in fused layers."""
@@ -177,9 +174,8 @@ def sparse(model: nn.Module, precision: str) -> nn.Module:
 
 
 def fused(model: nn.Module, precision: str) -> nn.Module:
-    """The model with its encoder layers fused, in place, where this version can do that."""
-    if util.find_spec(FUSION):
-        import_module(FUSION).fuse_encoders_(model, precision=INSIDE[precision])
+    """The model with its encoder layers and embeddings fused, in place."""
+    fuse_encoders_(model, precision=INSIDE[precision])
     return model
 
 
@@ -199,6 +195,7 @@ def load(name: str) -> nn.Module:
     if name in MODELS:
         return build(name)
     model = from_pretrained(name).eval()
+    unfuse_encoders_(model)
     if not any(isinstance(module, SparseLinear) for module in model.modules()):
         raise ValueError(f"--model: expected a model with sparse layers, got none in {name}")
     twin = dense_twin(model).float()

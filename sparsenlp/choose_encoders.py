@@ -32,7 +32,6 @@ def choose_encoders_(model: nn.Module, config: SparsifyConfig) -> tuple[EncoderP
 
     Raises RuntimeError if a fused encoder in the precision of its weights gives another result.
     """
-    from .models.embeddings import fuse_embeddings_
     from .models.encoders import fusion_candidates, put_in_
 
     if any(isinstance(module, SparseEncoder) for module in model.modules()):
@@ -48,8 +47,6 @@ def choose_encoders_(model: nn.Module, config: SparsifyConfig) -> tuple[EncoderP
         if encoder is not None:
             chosen.append((candidate, encoder))
     put_in_(model, chosen)
-    if chosen:
-        fuse_embeddings_(model)
     return tuple(rows)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers import NMLinear
+from ..layers import FusedEmbeddings, NMLinear
 from ..layers.encoder import FUSED_PRECISIONS, SparseEncoder, as_precision
 from ..ops.encoder_layer import TILES, check_weights
 from ..reference.bsr_linear import ACTIVATIONS
@@ -89,7 +89,9 @@ def fusion_candidates(model: nn.Module, precisions: Sequence[str | None]) -> lis
 
 
 def put_in_(model: nn.Module, chosen: Sequence[tuple[FusionCandidate, SparseEncoder]]) -> None:
-    """Let each fused encoder take the place of its original in `model`."""
+    """Let each fused encoder take the place of its original in `model`, and fuse embeddings as well."""
+    if chosen:
+        fuse_embeddings_(model)
     _replace(model, {candidate.site.module: encoder for candidate, encoder in chosen})
     for candidate, encoder in chosen:
         encoder.length_guard = _guard_length(candidate.site.owner)
@@ -123,19 +125,16 @@ def fuse_again_(model: nn.Module, options: Mapping[str, FusionOptions]) -> Fusio
     """Fuse the encoders of these names in a model that was loaded, on the CPU alone; others stay as they are."""
     if not options or {p.device.type for p in model.parameters()} != {"cpu"} or fused_options(model):
         return FusionReport(())
-    report = _fuse(model, [site for site in _sites(model) if site.name in options], options, {})
-    if report.fused:
-        fuse_embeddings_(model)
-    return report
+    return _fuse(model, [site for site in _sites(model) if site.name in options], options, {})
 
 
 def unfuse_encoders_(model: nn.Module) -> int:
-    """Put the original encoders back, with the parameters they have now; returns how many."""
+    """Put the original encoders and embeddings back, with the parameters they have now; returns how many encoders."""
     fused = [module for module in model.modules() if isinstance(module, SparseEncoder)]
     for encoder in fused:
         if encoder.length_guard is not None:
             encoder.length_guard.remove()
-    _replace(model, {encoder: encoder.original for encoder in fused})
+    _replace(model, {m: m.original for m in model.modules() if isinstance(m, SparseEncoder | FusedEmbeddings)})
     return len(fused)
 
 
