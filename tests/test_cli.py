@@ -80,7 +80,7 @@ def test_info_lists_isa_and_backends():
     text = succeed("info").stdout
     assert sparsenlp.__version__ in text
     assert native.isa() or native.why_unavailable in text
-    for op in ("bsr_linear", "nm_linear"):
+    for op in ("bsr_linear", "decoder_layers", "nm_linear"):
         assert f"{op}, native" in text
     assert "bsr_linear, reference" in text
 

@@ -14,6 +14,8 @@ namespace {
 
 enum Dtype { f32, bf16, i8 };
 
+constexpr int64_t kInt8Columns = 66311;  // as in bsr_linear.cpp: more might overflow 32 bits
+
 BsrLinearKernel* linear_kernel(Dtype dtype) {
 #define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_##type##_##suffix},
   const Listed<BsrLinearKernel> list[] = {
@@ -124,6 +126,7 @@ struct Projections {
     }
     if (quantized) {
       STD_TORCH_CHECK(a.k % 4 == 0, "decoder_layers: expected int8 blocks with k a multiple of 4, got ", a.k);
+      STD_TORCH_CHECK(K <= kInt8Columns, "decoder_layers: expected at most ", kInt8Columns, " columns of int8, got ", K);
       STD_TORCH_CHECK(!scales.empty() && scales[at].scalar_type() == ScalarType::Float && scales[at].dim() == 1 &&
                           scales[at].size(0) == a.N && scales[at].is_contiguous(),
                       "decoder_layers: expected float32 scales of shape (", a.N, ") with int8 values");
