@@ -24,6 +24,7 @@ LEAST_COSINE = 0.999
 """Of a fused encoder to its separate layers, in the precision of the weights."""
 
 
+@torch.no_grad()
 def choose_encoders_(model: nn.Module, config: SparsifyConfig) -> tuple[EncoderPlanRow, ...]:
     """Fuse the encoders of known families in `model` where that is faster; one row for each that was found.
 
