@@ -112,7 +112,7 @@ def test_a_wrong_result_leaves_the_model_as_it_was(clock, monkeypatch):
     model = pruned()
     before = copy.deepcopy(model)
     monkeypatch.setattr(SparseEncoder, "run", lambda self, x, mask: -x)
-    with pytest.raises(RuntimeError, match="expected encoder fused to match its layers, got a cosine of -?0"):
+    with pytest.raises(RuntimeError, match=r"expected encoder fused to match its layers, got a cosine of -?0"):
         convert(model)
     assert list(map(type, model.modules())) == list(map(type, before.modules()))
     for name, tensor in before.state_dict().items():
