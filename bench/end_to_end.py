@@ -116,11 +116,11 @@ def main() -> None:
     record: dict[str, Any] = {"targets": [], "results": [], "breakdowns": [], "footprints": [], "peers": {}}
     try:
         if arguments.peers:
-            record["peers"] = {"python": model_peers.interpreter(), **model_peers.versions()}
+            record["peers"] = model_peers.versions()
             for sentence in model_peers.missing(record["peers"]):
                 print(sentence)
         for group in groups:
-            record["results"] += measure(group, sweep.seconds, engines_of(record["peers"]))
+            record["results"] += measure(group, sweep.seconds, record["peers"])
     except (CheckpointError, ModuleNotFoundError, model_peers.PeerError, ValueError) as error:
         sys.exit(f"bench: {error}")
     if sweep.detail is not None:
@@ -132,11 +132,6 @@ def main() -> None:
     model_tables.draw(record["results"], arguments.output / "end_to_end.png")
     if wrong := [row["name"] for row in record["results"] if row["ours"] and row["missing"]]:
         sys.exit(f"bench: expected the masked model's results, got others from {', '.join(wrong)}")
-
-
-def engines_of(peers: dict[str, Any]) -> dict[str, Any]:
-    """Engine -> version, of the record's "peers"."""
-    return {name: version for name, version in peers.items() if name != "python"}
 
 
 def plan(arguments: argparse.Namespace) -> tuple[Sweep, list[Group]]:
