@@ -47,11 +47,14 @@ struct EncoderLayer {
   // For each tile its queries, keys and values, feature-major; 4-byte words.
   float *queries, *keys, *context_values;
 
-  // 4-byte words of scratch that one part needs.
-  size_t scratch() const {
-    const int64_t F = fc1.N, V = value.N, widest = F > H ? (F > V ? F : V) : (H > V ? H : V);
-    return (size_t)T * (4 * H + V + F + widest + 6 * 64 + 256 + 8 * T) + 64 * 64;
+  int64_t widest() const {
+    const int64_t inner = fc1.N > value.N ? fc1.N : value.N;
+    return inner > H ? inner : H;
   }
+
+  // 4-byte words of scratch that one part needs: rows of norm, residual, context and hidden, words, the scales of
+  // tokens, and for attention the scores of 128 keys and the context of a head; each rounded up.
+  size_t scratch() const { return (size_t)T * (2 * H + 2 * value.N + fc1.N + widest() + 16 + 2 + 128) + 8 * 16; }
 };
 
 // Computes share `part` of `parts` of a phase; `scratch` is private to the call and 64-byte aligned.

@@ -12,7 +12,6 @@ struct Workspace {
   float *norm, *words, *context, *hidden, *residual, *scales, *inverse, *attention;
 
   Workspace(const EncoderLayer& a, float* scratch) {
-    const int64_t F = a.fc1.N, V = a.value.N, widest = F > a.H ? (F > V ? F : V) : (a.H > V ? a.H : V);
     auto take = [&](int64_t rows) {
       float* at = scratch;
       scratch += (rows * a.T + 15) / 16 * 16;
@@ -20,9 +19,9 @@ struct Workspace {
     };
     norm = take(a.H);
     residual = take(a.H);
-    context = take(V);
-    hidden = take(F);
-    words = take(widest + 16);
+    context = take(a.value.N);
+    hidden = take(a.fc1.N);
+    words = take(a.widest() + 16);
     scales = take(1);
     inverse = take(1);
     attention = scratch;
