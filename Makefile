@@ -38,7 +38,7 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# About ten minutes. BENCH=--peers adds other engines; layers are timed of the demo's model if there is one.
+# Nine minutes for the linear layers, then the other ops. BENCH=--peers adds other engines; layers are timed of the demo's model if there is one.
 bench: build
 	$(BIN)/python bench/bsr_linear.py $(if $(wildcard runs/demo/sparse90),--model runs/demo/sparse90) $(BENCH)
 	$(BIN)/python bench/nm_linear.py
