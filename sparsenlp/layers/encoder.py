@@ -23,6 +23,8 @@ DENSE_ROWS = 8
 PROJECTIONS = ("query", "key", "value", "output", "fc1", "fc2")
 NORMS = ("norm1", "norm2")
 FUSED_PRECISIONS = ("float32", "bfloat16", "int8")
+USUAL_THREADS = 4
+"""What a compiled graph, which cannot ask for their number, is made for."""
 COMPRESS_BELOW = 0.7
 """Density in blocks from which on a dense weight is read as dense."""
 
@@ -341,10 +343,11 @@ def as_precision(weights: EncoderWeights, precision: str | None) -> EncoderWeigh
 
 
 def _tile(x: Tensor) -> int:
-    """16 where tiles of 32 tokens would leave threads idle."""
-    if torch.compiler.is_compiling():
+    """16 where tiles of 32 tokens would leave threads idle, and for any length in an exported program."""
+    if torch.compiler.is_exporting():
         return TILES[0]
-    return TILES[1] if x.shape[0] * x.shape[1] >= TILES[1] * torch.get_num_threads() else TILES[0]
+    threads = USUAL_THREADS if torch.compiler.is_compiling() else torch.get_num_threads()
+    return TILES[1] if x.shape[0] * x.shape[1] >= TILES[1] * threads else TILES[0]
 
 
 def _places(entries: list[tuple[Any, str, Any]]) -> tuple[list[Any], list[str]]:
