@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import each_backend
 from cases import ADD_LAYER_NORM, TOLERANCES, AddLayerNormCase
-from conftest import each_backend
 
 from sparsenlp import native
 from sparsenlp.ops import add_layer_norm

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 import torch
+from backends import NATIVE_ISAS, each_backend
 from cases import BSR_LINEAR, TOLERANCES, BsrLinearCase
-from conftest import NATIVE_ISAS, each_backend
 
 from sparsenlp import BlockSparse, native
 from sparsenlp.ops import bsr_linear

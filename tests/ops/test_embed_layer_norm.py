@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import each_backend
 from cases import EMBED_LAYER_NORM, TOLERANCES, EmbedLayerNormCase
-from conftest import each_backend
 
 from sparsenlp import native
 from sparsenlp.ops import embed_layer_norm

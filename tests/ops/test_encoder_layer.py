@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import each_backend
 from cases import ENCODER_LAYER, RAGGED, EncoderLayerCase, encoder_cases
-from conftest import each_backend
 
 from sparsenlp import BlockSparse, native
 from sparsenlp.formats.encoder import SparseProjection

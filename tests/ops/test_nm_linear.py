@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import each_backend
 from cases import NM_LINEAR, PATTERNS, TOLERANCES, NMLinearCase
-from conftest import each_backend
 
 from sparsenlp import native
 from sparsenlp.formats import NM
