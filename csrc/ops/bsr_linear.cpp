@@ -39,10 +39,6 @@ BsrLinearGradKernel* wgrad_kernel() {
   return best_kernel(list);
 }
 
-// |x| and |w| are at most 127, and x shifted by 128 at most 255: a row of this many stored weights cannot
-// overflow 32 bits, since 255 * 127 * 66311 < 2^31.
-constexpr int64_t kInt8Columns = 66311;
-
 void check_io(const Tensor& t, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, "bsr_linear: expected ", name, " of the dtype of x");
 }

@@ -22,6 +22,10 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// |x| and |w| are at most 127, and x shifted by 128 at most 255: a row of this many stored weights cannot
+// overflow 32 bits, since 255 * 127 * 66311 < 2^31.
+constexpr int64_t kInt8Columns = 66311;
+
 // A kernel and the instruction set it needs; lists are best first and end with one that always runs.
 template <class Kernel>
 struct Listed {

@@ -14,7 +14,6 @@ namespace {
 
 enum Dtype { f32, bf16, i8 };
 
-constexpr int64_t kInt8Columns = 66311;  // as in bsr_linear.cpp: more might overflow 32 bits
 
 BsrLinearKernel* linear_kernel(Dtype dtype) {
 #define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_##type##_##suffix},

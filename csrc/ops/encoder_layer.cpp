@@ -86,6 +86,8 @@ Projection projection(const char* name, const Tensors& t, ScalarType dtype, int6
   STD_TORCH_CHECK(col.size(0) == values.size(0) && ints(crow)[crow.size(0) - 1] == values.size(0),
                   "encoder_layer: crow_indices, col_indices and values of ", name, " disagree on the number of blocks");
   STD_TORCH_CHECK(!quantized || p.k % 4 == 0, "encoder_layer: expected int8 blocks with k a multiple of 4, got ", p.k);
+  STD_TORCH_CHECK(!quantized || K <= kInt8Columns, "encoder_layer: expected at most ", kInt8Columns, " columns of int8 in ",
+                  name, ", got ", K);
   p.crow = ints(crow);
   p.col = ints(col);
   p.values = values.data_ptr();

@@ -233,3 +233,10 @@ def test_errors_of_weights(change, error, message):
     stream, spans = encoder_pack(CASE.x(), CASE.mask())
     with pytest.raises(error, match=message):
         encoder_layer(stream, spans, replace(CASE.weights(), **change))
+
+
+def test_int8_rows_that_could_overflow_are_refused(needs_native):
+    case = EncoderLayerCase(RAGGED, neurons=66312, block=(8, 4), density=0.0, weight_dtype=torch.int8)
+    stream, spans = encoder_pack(case.x(), case.mask(), case.tile)
+    with pytest.raises(RuntimeError, match="expected at most 66311 columns of int8 in fc2, got 66312"):
+        encoder_layer(stream, spans, case.weights(), backend="native")
