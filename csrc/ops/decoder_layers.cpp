@@ -14,7 +14,6 @@ namespace {
 
 enum Dtype { f32, bf16, i8 };
 
-
 BsrLinearKernel* linear_kernel(Dtype dtype) {
 #define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_##type##_##suffix},
   const Listed<BsrLinearKernel> list[] = {
