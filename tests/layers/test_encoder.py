@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import RAGGED, EncoderLayerCase, encoder_cases
+from encoder_cases import RAGGED, EncoderLayerCase, encoder_cases
 from torch import nn
 
 from sparsenlp.layers import SparseEncoderLayer

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import each_backend
-from cases import ENCODER_LAYER, RAGGED, EncoderLayerCase, encoder_cases
+from encoder_cases import ENCODER_LAYER, RAGGED, EncoderLayerCase, encoder_cases
 
 from sparsenlp import BlockSparse, native
 from sparsenlp.formats.encoder import SparseProjection

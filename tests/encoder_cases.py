@@ -1,0 +1,151 @@
+"""The layers that tests of the fused encoder share, with what they should give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from cases import TOLERANCES
+from torch import Tensor
+
+from sparsenlp.formats import BlockSparse
+from sparsenlp.formats.encoder import EncoderWeights, SparseProjection
+from sparsenlp.ops.encoder_layer import arguments as encoder_arguments
+from sparsenlp.reference import encoder_layer as encoder_reference
+from sparsenlp.reference.bsr_linear import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class EncoderLayerCase:
+    """One layer on sequences of `lengths`, padded to the longest; heads by their (query, value) dimensions."""
+
+    lengths: tuple[int, ...]
+    hidden: int = 32
+    heads: tuple[tuple[int, int], ...] = ((16, 16), (16, 16))
+    neurons: int = 64
+    block: tuple[int, int] = (8, 1)
+    tile: int = 16
+    density: float = 0.3
+    activation: str = "gelu"
+    pre_norm: bool = False
+    position_bias: bool = False
+    empty_rows: bool = False
+    weight_dtype: torch.dtype = torch.float32
+    precision: str = "float32"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        heads = "+".join(f"{q}:{v}" for q, v in self.heads) or "none"
+        parts = ["_".join(map(str, self.lengths)), f"H{self.hidden}", f"heads{heads}", f"F{self.neurons}"]
+        parts += ["b" + "x".join(map(str, self.block)), f"T{self.tile}", f"d{self.density:g}", self.activation]
+        parts += ["pre"] * self.pre_norm + ["bias"] * self.position_bias + ["emptyrows"] * self.empty_rows
+        parts += [str(self.weight_dtype).removeprefix("torch.")] * (self.weight_dtype != torch.float32)
+        return "-".join(parts + [self.precision] * (self.precision != "float32"))
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """By what is rounded on the way; rounded weights alone are those of the expected result too."""
+        rounded = torch.int8 if self.weight_dtype == torch.int8 else getattr(torch, self.precision)
+        return TOLERANCES["encoder_layer", rounded]
+
+    @property
+    def length(self) -> int:
+        return max(self.lengths)
+
+    def x(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(len(self.lengths), self.length, self.hidden, generator=generator)
+
+    def mask(self) -> Tensor:
+        return torch.arange(self.length) < torch.tensor(self.lengths)[:, None]
+
+    def bias(self) -> Tensor | None:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        shape = (len(self.heads), self.length, self.length)
+        return torch.randn(shape, generator=generator) if self.position_bias else None
+
+    def weights(self) -> EncoderWeights:
+        generator = torch.Generator().manual_seed(self.seed + 2)
+
+        def projection(rows: int, columns: int) -> SparseProjection:
+            n, k = self.block
+            keep = torch.rand(rows // n, columns // k, generator=generator) < self.density
+            keep[: len(keep) * self.empty_rows : 2] = False
+            mask = keep.repeat_interleave(n, 0).repeat_interleave(k, 1)
+            dense = torch.randn(rows, columns, generator=generator) / math.sqrt(max(columns * self.density, 1))
+            dtype = torch.bfloat16 if self.weight_dtype == torch.bfloat16 else torch.float32
+            weight = BlockSparse.from_dense((dense * mask).to(dtype), self.block, mask)
+            bias = torch.randn(rows, generator=generator)
+            return SparseProjection(weight.quantize() if self.weight_dtype == torch.int8 else weight, bias)
+
+        def norm() -> tuple[Tensor, Tensor]:
+            weight, bias = torch.randn(2, self.hidden, generator=generator)
+            return 1 + 0.1 * weight, 0.1 * bias
+
+        query_rows, value_rows = ((0, *accumulate(head[i] for head in self.heads)) for i in (0, 1))
+        return EncoderWeights(
+            query=projection(query_rows[-1], self.hidden),
+            key=projection(query_rows[-1], self.hidden),
+            value=projection(value_rows[-1], self.hidden),
+            output=projection(self.hidden, value_rows[-1]),
+            fc1=projection(self.neurons, self.hidden),
+            fc2=projection(self.hidden, self.neurons),
+            norm1=norm(),
+            norm2=norm(),
+            query_rows=query_rows,
+            value_rows=value_rows,
+            scale=0.25,
+            activation=self.activation,
+            pre_norm=self.pre_norm,
+        )
+
+    def expected(self) -> Tensor:
+        """(B, S, H) float64: what the reference gives in float64 for the same weights, zeros at padding."""
+        stream, spans = encoder_reference.encoder_pack(self.x(), self.mask(), self.tile)
+        arguments = encoder_arguments(self.weights())
+        y = encoder_reference.encoder_layer(stream.double(), spans, *arguments, self.bias())
+        return encoder_reference.encoder_unpack(y, spans, len(self.lengths), self.length, torch.float64)
+
+
+RAGGED = (5, 1, 17, 30)
+ENCODER_DTYPES = [  # of the weights, precision inside, what the width of a block must be a multiple of
+    (torch.float32, "float32", 1),
+    (torch.bfloat16, "float32", 1),
+    (torch.bfloat16, "bfloat16", 1),
+    (torch.int8, "float32", 4),
+    (torch.int8, "bfloat16", 4),
+]
+
+
+def encoder_cases(**options: object) -> list[EncoderLayerCase]:
+    """A case with these options for every dtype of weights and precision."""
+    settings: dict = {"lengths": RAGGED, "block": (8, 4)} | options
+    return [
+        EncoderLayerCase(**settings, weight_dtype=dtype, precision=precision)
+        for dtype, precision, unit in ENCODER_DTYPES
+        if settings["block"][1] % unit == 0
+    ]
+
+
+ENCODER_LAYER = [
+    *(case for block in ((8, 1), (8, 2), (8, 4), (8, 8), (16, 16)) for case in encoder_cases(block=block)),
+    *encoder_cases(block=(8, 32), density=1.0),
+    *(
+        case
+        for tile in (16, 32)
+        for lengths in ((1,), (16,), (33, 33))
+        for case in encoder_cases(lengths=lengths, tile=tile)
+    ),
+    *(case for activation in ACTIVATIONS for case in encoder_cases(activation=activation)),
+    *(case for pre_norm in (False, True) for case in encoder_cases(pre_norm=pre_norm, position_bias=True, tile=32)),
+    *encoder_cases(heads=((8, 16), (24, 8), (16, 32)), position_bias=True),
+    *encoder_cases(heads=((8, 0), (0, 8))),
+    *encoder_cases(heads=()),
+    *encoder_cases(neurons=0, pre_norm=True),
+    *encoder_cases(heads=(), neurons=0),
+    *encoder_cases(empty_rows=True),
+    *encoder_cases(density=0.0),
+    *encoder_cases(hidden=128, heads=((64, 64), (64, 64)), neurons=256, lengths=(70, 3, 129)),
+]
