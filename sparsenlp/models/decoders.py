@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import native
 from ..convert import replace_modules
 from ..layers.decoder import DecoderLayerModules, DecoderStack, FewTokenLinear
+from .instance_forward import InstanceForward
 from .kv_cache import advance, reserve
 
 MOST_TOKENS = 256
@@ -161,7 +162,7 @@ def _base(model: nn.Module) -> Any:
     return base
 
 
-class DecoderForward:
+class DecoderForward(InstanceForward):
     """The forward of a fused base model. What it needs beside the model itself is built when it is needed."""
 
     def __init__(self, model: Any) -> None:
@@ -188,7 +189,7 @@ class DecoderForward:
             output = self._fused(input_ids=args[0], **kwargs)
         else:
             output = None if args else self._fused(**kwargs)
-        return type(self.model).forward(self.model, *args, **kwargs) if output is None else output
+        return self.original(*args, **kwargs) if output is None else output
 
     def build(self) -> None:
         """Find the modules and tensors. Raises ValueError where the layers cannot be fused."""

@@ -130,9 +130,9 @@ class TorchEncoderLayer(TorchEncoder):
         return self.original.forward(src, src_mask, src_key_padding_mask, is_causal) if x is None else x
 
 
-def asks_for_more(arguments: dict[str, Any]) -> bool:
+def asks_for_more(arguments: dict[str, Any], meaningless: frozenset[str] = MEANINGLESS) -> bool:
     """Whether a call asks for anything but the last hidden state of self-attention."""
-    return any(value is not None and value is not False for name, value in arguments.items() if name not in MEANINGLESS)
+    return any(value is not None and value is not False for name, value in arguments.items() if name not in meaningless)
 
 
 def transformers_hooks_matter(hooks: Iterable[Callable]) -> bool:

@@ -14,6 +14,7 @@ from ..layers.encoder import FUSED_PRECISIONS, SparseEncoder, as_precision
 from ..ops.encoder_layer import TILES, check_weights
 from ..reference.bsr_linear import ACTIVATIONS
 from ..report import is_masked
+from .base_forward import restore_forward_, shorten_forward_
 from .embeddings import fuse_embeddings_
 from .families import FAMILIES, TORCH, UNFUSED, Family, FamilyReader, PositionBias, TorchReader, activation_name, at
 
@@ -95,6 +96,7 @@ def put_in_(model: nn.Module, chosen: Sequence[tuple[FusionCandidate, SparseEnco
     _replace(model, {candidate.site.module: encoder for candidate, encoder in chosen})
     for candidate, encoder in chosen:
         encoder.length_guard = _guard_length(candidate.site.owner)
+        shorten_forward_(candidate.site.owner)
 
 
 def _candidate(site: _Site, options: Sequence[FusionOptions]) -> FusionCandidate:
@@ -134,6 +136,8 @@ def unfuse_encoders_(model: nn.Module) -> int:
     for encoder in fused:
         if encoder.length_guard is not None:
             encoder.length_guard.remove()
+    for module in model.modules():
+        restore_forward_(module)
     _replace(model, {m: m.original for m in model.modules() if isinstance(m, SparseEncoder | FusedEmbeddings)})
     return len(fused)
 
