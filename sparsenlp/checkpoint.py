@@ -45,7 +45,7 @@ from .formats import BlockSparse
 from .formats.block import INDEX_DTYPE
 from .layers import SparseLinear
 from .layers.encoder import FUSED_PRECISIONS
-from .models import is_transformers_model
+from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
 from .ops.bsr_linear import ACTIVATIONS
 from .ops.encoder_layer import TILES
@@ -177,9 +177,13 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
         crc32 = _crc32(state[tensor_name] for tensor_name in entry.tensor_names(name))
         written = {key: value for key, value in asdict(entry).items() if entry.int8 or key not in INT8_FIELDS}
         entries[name] = {**written, "block": list(entry.block), "shape": list(entry.shape), "crc32": crc32}
-    description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
+    description: dict[str, Any] = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
     fused = fused_options(model)
-    return state, {**description, **({"fused_encoders": fused} if fused else {})}
+    if fused:
+        description["fused_encoders"] = fused
+    if has_fused_decoder(model):
+        description["fused_decoder"] = True
+    return state, description
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -208,6 +212,10 @@ def parse_description(description: Any, where: str = CONFIG_FILE) -> dict[str, L
 
 def parse_fused(description: Any, where: str = CONFIG_FILE) -> dict[str, FusionOptions]:
     """`fused_encoders` of a `quantization_config` block, {} if it has none, or CheckpointError."""
+    if type(description.get("fused_decoder", True)) is not bool:
+        raise CheckpointError(
+            f"{where}: expected fused_decoder to be a bool, got {description['fused_decoder']!r:.200}"
+        )
     fused = description.get("fused_encoders", {})
     if not isinstance(fused, Mapping):
         raise CheckpointError(f"{where}: expected fused_encoders to be an object, got {type(fused).__name__}")

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from .choose import RESULT_TOLERANCE, Candidate, Chooser, sparse_layer
+from .choose_decoders import choose_decoder_
 from .choose_encoders import choose_encoders_, first_tensor
 from .cost import CostModel
 from .formats.block import split_blocks
@@ -98,7 +99,8 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
     alike densities share a measurement. Unless it is "off", no layer becomes sparse before layers like
     it have been timed and were faster. Biases are shared with the old layers, and a Linear used in
     several places stays shared. Then encoders of known families become fused layers where that is faster still
-    (see models.fuse_encoders_, which can be undone), with fused embeddings.
+    (see models.fuse_encoders_, which can be undone), with fused embeddings, and the layers of known decoders one op
+    (see models.decoders.fuse_decoder_).
 
     filter_fn   (module, qualified name) -> whether to consider a Linear; None considers all
     returns     the Plan: one row per Linear considered, `str(plan)` is a table
@@ -145,7 +147,7 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
         )
         replace_modules(model, replacements)
         try:
-            encoders = choose_encoders_(model, config) if config.fuse else ()
+            encoders = choose_encoders_(model, config) + choose_decoder_(model, config) if config.fuse else ()
         except BaseException:
             replace_modules(model, {sparse: layer for layer, sparse in replacements.items()})
             raise

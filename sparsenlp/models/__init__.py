@@ -32,6 +32,15 @@ def after_conversion(model: nn.Module) -> None:
         attach(model)
 
 
+def has_fused_decoder(model: nn.Module) -> bool:
+    """Whether the layers of a transformers decoder run as one op (models.decoders)."""
+    if not is_transformers_model(model):
+        return False
+    from .decoders import has_fused_decoder
+
+    return has_fused_decoder(model)
+
+
 def connect_transformers() -> None:
     """Register with transformers now, or as soon as its registry is imported. Idempotent."""
     if REGISTRY in sys.modules:

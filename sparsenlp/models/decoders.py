@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import native
 from ..convert import replace_modules
 from ..layers.decoder import DecoderLayerModules, DecoderStack, FewTokenLinear
+from ..ops.decoder_layers import NATIVE_DTYPES
 from .instance_forward import InstanceForward
 from .kv_cache import advance, reserve
 
@@ -101,8 +102,9 @@ def fuse_decoder_(model: nn.Module) -> nn.Module:
 
     returns  `model`
 
-    Raises ValueError for a family that is not in FAMILIES, an unknown activation or kind of rotary positions, and a
-    linear layer that is neither nn.Linear nor SparseLinear (for GPT-2 see `conv1d_to_linear_`).
+    Raises ValueError for a family that is not in FAMILIES, another dtype than float32 and bfloat16, an unknown
+    activation or kind of rotary positions, and a linear layer that is neither nn.Linear nor SparseLinear (for GPT-2
+    see `conv1d_to_linear_`).
     """
     base = _base(model)
     forward = DecoderForward(base)
@@ -120,6 +122,11 @@ def unfuse_decoder_(model: nn.Module) -> nn.Module:
         if isinstance(module.__dict__.get("forward"), DecoderForward | FewTokenLinear):
             del module.forward
     return model
+
+
+def has_fused_decoder(model: nn.Module) -> bool:
+    """Whether `fuse_decoder_` was here."""
+    return any(isinstance(module.__dict__.get("forward"), DecoderForward) for module in model.modules())
 
 
 def conv1d_to_linear_(model: nn.Module) -> nn.Module:
@@ -216,6 +223,9 @@ class DecoderForward(InstanceForward):
             activation=ACTIVATIONS[name],
             eps=getattr(config, family.eps),
         )
+        if (dtype := self.stack.dtype) not in NATIVE_DTYPES:
+            self.stack = None
+            raise ValueError(f"fuse_decoder_: expected weights in float32 or bfloat16, got {dtype}")
 
     def _modules(self, layer: nn.Module) -> DecoderLayerModules:
         get, family = layer.get_submodule, self.family

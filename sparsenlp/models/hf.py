@@ -7,6 +7,7 @@ at module level it may only use what transformers.quantizers.auto uses.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class SparseNlpConfig(QuantizationConfigMixin):
         modules: Any = None,
         quant_method: str = METHOD,
         fused_encoders: Any = None,
+        fused_decoder: Any = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -54,6 +56,8 @@ class SparseNlpConfig(QuantizationConfigMixin):
         self.modules = {} if modules is None else modules
         if fused_encoders is not None:
             self.fused_encoders = fused_encoders
+        if fused_decoder is not None:
+            self.fused_decoder = fused_decoder
         parse_description(self.to_dict())
         parse_fused(self.to_dict())
 
@@ -80,6 +84,7 @@ class SparseNlpQuantizer(HfQuantizer):
         local = {name: _local_name(model, name) for name in entries}
         if entries and not any(local.values()):
             raise CheckpointError(f"{where}: expected layers of {type(model).__name__}, got {next(iter(entries))}")
+        _replace_conv1d(model, [target for target in local.values() if target is not None])
         replacements: dict[nn.Module, nn.Module] = {}
         for name, entry in entries.items():
             if (target := local[name]) is None:  # belongs to a head that this class does not have
@@ -101,6 +106,9 @@ class SparseNlpQuantizer(HfQuantizer):
                 self._scales[layer] = scales
             replacements[linear] = layer
         replace_modules(model, replacements)
+        for module in model.modules():
+            if any(isinstance(child, SparseLinear) for child in module.children()):
+                module._is_hf_initialized = True  # type: ignore[assignment]  # GPT-2's modules fill their children's weights
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -111,6 +119,8 @@ class SparseNlpQuantizer(HfQuantizer):
                     layer.scales = self._scales.pop(layer).to(layer.values.device)
         fused = parse_fused(self.quantization_config.to_dict()).items()
         fuse_again_(model, {_local_name(model, name) or name: options for name, options in fused})
+        if getattr(self.quantization_config, "fused_decoder", False):
+            _fuse_decoder_again(model)
         model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
         return model
 
@@ -187,6 +197,29 @@ def _class_of(directory: Path, config: Mapping[str, Any]) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(f"{directory / CONFIG_FILE}: expected a transformers model class, got {names!r}")
     return cls
+
+
+def _replace_conv1d(model: nn.Module, names: Sequence[str]) -> None:
+    """Put an nn.Linear in for each Conv1D among these modules of a model on the meta device."""
+    from transformers.pytorch_utils import Conv1D
+
+    linears: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        if type(module) is Conv1D:
+            linears[module] = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+    replace_modules(model, linears)
+
+
+def _fuse_decoder_again(model: nn.Module) -> None:
+    """On the CPU alone. Warns where that is not possible any more, as in another dtype."""
+    from .decoders import conv1d_to_linear_, fuse_decoder_
+
+    if {parameter.device.type for parameter in model.parameters()} == {"cpu"}:
+        try:
+            fuse_decoder_(conv1d_to_linear_(model))
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"{type(model).__name__} runs with separate layers: {error}", stacklevel=2)
 
 
 def _local_name(model: nn.Module, name: str) -> str | None:

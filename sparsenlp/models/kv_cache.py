@@ -96,5 +96,13 @@ def advance(cache: Cache, length: int) -> None:
         layer.length = length
 
 
+def forget(cache: Any, length: int) -> None:
+    """Keep the first `length` tokens, of a store in place."""
+    if all(type(layer) is StoredLayer and layer.store is not None for layer in cache.layers):
+        advance(cache, length)
+    else:
+        cache.crop(length - cache.get_seq_length())
+
+
 def _capacity(tokens: int) -> int:
     return max(LEAST_CAPACITY, int(tokens * GROWTH))

@@ -67,8 +67,16 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     chosen = {name: module for name, module in linears.items() if (filter_fn or default_filter)(module, name)}
     if not chosen:
         shown = ", ".join(list(linears)[:3])
-        raise ValueError(f"prune: expected filter_fn to select a layer, got none of {len(linears)} ({shown}, ...)")
+        hint = "; see models.decoders.conv1d_to_linear_" if any(map(_is_conv1d, model.modules())) else ""
+        raise ValueError(
+            f"prune: expected filter_fn to select a layer, got none of {len(linears)} ({shown}, ...){hint}"
+        )
     return chosen
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is what transformers' GPT-2 has for linear layers."""
+    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
 
 
 def mask_of(layer: nn.Linear) -> Mask | None:

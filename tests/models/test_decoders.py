@@ -338,6 +338,11 @@ def test_state_dict_does_not_change(pair):
     assert not any("forward" in module.__dict__ for module in unfused.modules())
 
 
+def test_pruning_names_the_way_to_conv1d():
+    with pytest.raises(ValueError, match=r"none of 1 \(lm_head, ...\); see models.decoders.conv1d_to_linear_"):
+        prune_(GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=48, n_layer=1, n_head=4, bos_token_id=1)), Block(8, 1), 0.5)
+
+
 def test_conv1d_keeps_the_layout_of_the_state_dict():
     torch.manual_seed(0)
     original = GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=48, n_layer=2, n_head=4)).eval()
