@@ -6,12 +6,14 @@ from .layers import default_filter, masked_layers, prunable
 from .masks import global_masks, local_masks
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from .schedules import cubic_sparsity
+from .targets import LayerTarget
 
 __all__ = [
     "CRITERIA",
     "NM",
     "Block",
     "GradientStatistics",
+    "LayerTarget",
     "Pattern",
     "Unstructured",
     "cubic_sparsity",
