@@ -1,30 +1,45 @@
 """Pruning: patterns, criteria, masks, schedules, and `prune_` which combines them."""
 
-from .api import finalize_, layer_sparsity, prune_, sparsity_of
-from .criteria import CRITERIA, GradientStatistics
+from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
+from .criteria import CRITERIA, Criterion
 from .layers import default_filter, masked_layers, prunable
-from .masks import global_masks, local_masks
+from .masks import Threshold, global_masks, local_masks, row_masks
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from .schedules import cubic_sparsity
+from .statistics import (
+    GradientStatistics,
+    InputStatistics,
+    LayerStatistics,
+    collector,
+    fisher_from_adam,
+)
 from .targets import LayerTarget
 
 __all__ = [
     "CRITERIA",
     "NM",
     "Block",
+    "Criterion",
     "GradientStatistics",
+    "InputStatistics",
+    "LayerStatistics",
     "LayerTarget",
     "Pattern",
+    "Threshold",
     "Unstructured",
+    "collector",
     "cubic_sparsity",
     "default_filter",
     "finalize_",
+    "fisher_from_adam",
     "global_masks",
     "layer_sparsity",
     "local_masks",
+    "mask_zeros_",
     "masked_layers",
     "parse_pattern",
     "prunable",
     "prune_",
+    "row_masks",
     "sparsity_of",
 ]

@@ -2,63 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
 
-from .criteria import CRITERIA, GradientStatistics
-from .layers import FilterFn, Mask, mask_of, masked_layers, prunable
-from .masks import SCOPES, check_sparsity, global_masks, local_masks
+from .criteria import CRITERIA, Criterion
+from .layers import FilterFn, Mask, mask_of, masked_layers, prunable, torch_mask_of, trainable_weight
+from .masks import MASKS, Threshold, check_sparsity
 from .patterns import Pattern
+from .statistics import LayerStatistics
 
 
 @torch.no_grad()
 def prune_(
     model: nn.Module,
     pattern: Pattern,
-    sparsity: float,
-    criterion: str = "magnitude",
+    sparsity: float | Threshold,
+    criterion: str | Criterion = "magnitude",
     scope: str = "local",
     filter_fn: FilterFn | None = None,
-    statistics: GradientStatistics | None = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    aggregation: str | None = None,
 ) -> dict[str, float]:
     """Mask the least important weights of a model's linear layers, in place.
 
-    pattern     what is removed together: Unstructured(), Block(n, k), NM(n, m)
-    sparsity    fraction of zeros over the selected layers, in [0, 1)
-    criterion   "magnitude" or "taylor" (see CRITERIA)
-    scope       "local": the same sparsity in each layer; "global": one ranking for all, every layer
-                keeps at least 1 %
-    filter_fn   (module, name) -> bool selects layers; by default all but heads, poolers and embeddings
-    statistics  what "taylor" needs; it must cover the selected layers
-    returns     layer name -> sparsity
+    pattern      what is removed together: Unstructured(), Block(n, k), NM(n, m)
+    sparsity     fraction of zeros over the selected layers, in [0, 1), or a Threshold
+    criterion    "magnitude", "taylor", ...: a name in CRITERIA, or a Criterion
+    scope        "local": the same sparsity in each layer; "row": in each row (of blocks) of each
+                 layer; "global": one ranking for all, every layer keeps at least 1 %
+    filter_fn    (module, name) -> bool selects layers; by default all but heads, poolers and embeddings
+    statistics   what the criterion needs to know of each selected layer, by name: a collector
+                 such as GradientStatistics, or `fisher_from_adam`
+    aggregation  of the scores in a unit: "sum", "l2" or "mean"; by default the criterion's
+    returns      layer name -> sparsity
 
     A mask is a parametrization of the weight (weight = original * mask): it holds through optimizer
     steps, state_dict, deepcopy and `to`. A second call tightens the masks: what is pruned stays
-    pruned, so a lower sparsity changes nothing. `finalize_` makes the zeros permanent.
+    pruned, so a lower sparsity changes nothing. `finalize_` makes the zeros permanent. Masks of
+    torch.nn.utils.prune are taken over. Selected layers that share one weight share its mask, which
+    the statistics of the first of them decide.
 
-    Raises ValueError, with the model untouched, for a sparsity out of range, an unknown criterion or
-    scope, missing statistics, no selected layer, a shape that the pattern does not divide (naming the
-    layer), masks of another pattern, or a weight that is parametrized otherwise.
+    Scores are made layer by layer; beside the statistics this takes 4 bytes for each unit of the
+    pattern and 1 byte for each weight.
+
+    Raises ValueError, with the model untouched, for a sparsity out of range, an unknown criterion,
+    scope or aggregation, missing statistics, no selected layer, a shape that the pattern does not
+    divide (naming the layer), masks of another pattern, or a weight that is parametrized otherwise
+    or shared with something that is not selected.
     """
     check_sparsity(pattern, sparsity)
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope}")
+    rule = _criterion(criterion)
+    if scope not in MASKS:
+        raise ValueError(f"scope: expected one of {', '.join(MASKS)}, got {scope}")
     layers = prunable(model, filter_fn)
-    previous = _present_masks(layers, pattern)
-    scores = _score(layers, criterion, statistics)
-    masks = (global_masks if scope == "global" else local_masks)(scores, pattern, sparsity, previous)
+    owners = _owners(model, layers)
+    previous = _present_masks(layers, pattern, owners)
+    scored = {name: layers[name] for name in dict.fromkeys(owners.values())}
+    scores = _Scores(scored, rule, str(criterion), statistics)
+    masks = MASKS[scope](scores, pattern, sparsity, previous, aggregation or rule.aggregation)
     for name, layer in layers.items():
-        present = mask_of(layer)
-        if present is not None:
-            present.mask.copy_(masks[name])
-        else:
-            parametrize.register_parametrization(layer, "weight", Mask(masks[name], str(pattern)))
-    return {name: 1 - mask.sum().item() / mask.numel() for name, mask in masks.items()}
+        mask = masks[owners[name]]
+        _set_mask(layer, mask if owners[name] == name else mask.clone(), pattern)
+    return {name: 1 - masks[owner].sum().item() / masks[owner].numel() for name, owner in owners.items()}
+
+
+@torch.no_grad()
+def mask_zeros_(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None) -> dict[str, float]:
+    """Turn the zeros that a model's linear layers have into masks, in place; returns layer name -> sparsity.
+
+    For models pruned by other tools: what is zero stays zero in training, and `prune_` goes on from
+    there. Units of the pattern that are zero whole become masked; other zeros stay weights. The
+    arguments, and what is raised, are those of `prune_`.
+    """
+    present = Criterion(lambda weight, statistics: (weight != 0).float())
+    return prune_(model, pattern, Threshold(absolute=0.5), present, "local", filter_fn)
 
 
 @torch.no_grad()
@@ -91,38 +112,115 @@ def _counts(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, tuple[int
     return {name: (int(weight.count_nonzero()), weight.numel()) for name, weight in weights.items()}
 
 
-def _present_masks(layers: Mapping[str, nn.Linear], pattern: Pattern) -> dict[str, Tensor]:
-    """The masks that the layers carry; checks each layer against the pattern."""
-    masks = {}
+def _criterion(criterion: str | Criterion) -> Criterion:
+    if isinstance(criterion, Criterion):
+        return criterion
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion}")
+    return CRITERIA[criterion]
+
+
+def _owners(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """Layer name -> the first layer that has the same Parameter, usually itself."""
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(trainable_weight(layer)), name) for name, layer in layers.items()}
+    selected = {id(module) for layer in layers.values() for module in layer.modules()}
+    for path, module in model.named_modules():
+        shared = [first[id(p)] for p in module._parameters.values() if id(p) in first]
+        if shared and id(module) not in selected:
+            raise ValueError(
+                f"prune_: expected {shared[0]} to have a weight of its own, got one that {path} uses too; "
+                "select both or neither with filter_fn"
+            )
+    return owners
+
+
+def _present_masks(layers: Mapping[str, nn.Linear], pattern: Pattern, owners: Mapping[str, str]) -> dict[str, Tensor]:
+    """The masks that the layers carry, by owner; checks each layer against the pattern."""
+    masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
         try:
-            present = mask_of(layer)
             pattern.check((layer.out_features, layer.in_features))
+            mask = _present_mask(layer, pattern)
         except ValueError as error:
             raise ValueError(f"prune_: {name or type(layer).__name__}: {error}") from None
-        if present is None:
-            continue
-        if present.pattern != str(pattern):
-            raise ValueError(
-                f"prune_: expected pattern {present.pattern}, which {name} has been pruned to, got {pattern}; "
-                "call finalize_ first"
-            )
-        masks[name] = present.mask
+        if mask is not None:
+            owner = owners[name]
+            masks[owner] = masks[owner] & mask if owner in masks else mask
     return masks
 
 
-def _score(layers: Mapping[str, nn.Linear], criterion: str, statistics: GradientStatistics | None) -> dict[str, Tensor]:
-    """Elementwise scores in float32, by layer name."""
-    rule = CRITERIA[criterion]
-    if not rule.needs_statistics:
-        return {name: rule.score(layer.weight.detach().float(), None) for name, layer in layers.items()}
-    if statistics is None or statistics.updates == 0:
-        got = "None" if statistics is None else "statistics without an update"
-        raise ValueError(f"prune_: expected GradientStatistics for {criterion}, got {got}")
-    missing = [name for name in layers if name not in statistics.means]
-    if missing:
-        raise ValueError(f"prune_: expected statistics of every selected layer, got none of {missing[0]}")
-    return {
-        name: rule.score(layer.weight.detach().float(), statistics.means[name].float())
-        for name, layer in layers.items()
-    }
+def _present_mask(layer: nn.Linear, pattern: Pattern) -> Tensor | None:
+    present, foreign = mask_of(layer), torch_mask_of(layer)
+    if foreign is not None:
+        mask = foreign.bool()
+        whole = pattern.expand(pattern.scores(mask.float()) > 0, (layer.out_features, layer.in_features))
+        if not torch.equal(mask, whole):
+            raise ValueError(
+                f"expected a mask of torch.nn.utils.prune in whole units of {pattern}, got others; "
+                "torch.nn.utils.prune.remove makes its zeros plain weights"
+            )
+        return mask
+    if present is None:
+        return None
+    if present.pattern != str(pattern):
+        raise ValueError(
+            f"expected pattern {present.pattern}, to which it has been pruned, got {pattern}; call finalize_ first"
+        )
+    return present.mask
+
+
+def _set_mask(layer: nn.Linear, mask: Tensor, pattern: Pattern) -> None:
+    present = mask_of(layer)
+    if present is not None:
+        present.mask.copy_(mask)
+        return
+    if torch_mask_of(layer) is not None:
+        torch_prune.remove(layer, "weight")
+    parametrize.register_parametrization(layer, "weight", Mask(mask, str(pattern)))
+
+
+class _Scores(Mapping[str, Tensor]):
+    """Layer name -> elementwise scores in float32, made when asked for: one layer's exist at a time.
+
+    Raises ValueError if the statistics lack what the criterion needs.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Linear],
+        criterion: Criterion,
+        label: str,
+        statistics: Mapping[str, LayerStatistics] | None,
+    ) -> None:
+        self.layers, self.criterion = layers, criterion
+        self.statistics = statistics if statistics is not None else {}
+        if not criterion.needs:
+            return
+        if not statistics:
+            got = "None" if statistics is None else "statistics without an update"
+            raise ValueError(f"prune_: expected statistics for {label}, which needs {criterion.needs[0]}, got {got}")
+        for name in layers:
+            if name not in statistics:
+                raise ValueError(f"prune_: expected statistics of every selected layer, got none of {name}")
+            for field in criterion.needs:
+                try:
+                    statistics[name].require(field)
+                except ValueError as error:
+                    raise ValueError(f"prune_: {name}: {error}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.layers[name].weight.detach().float()
+        statistics = self.statistics[name] if self.criterion.needs else LayerStatistics()
+        scores = self.criterion.score(weight, statistics)
+        if scores.shape != weight.shape:
+            raise ValueError(
+                f"prune_: expected scores of shape {tuple(weight.shape)} for {name}, got {tuple(scores.shape)}"
+            )
+        return scores
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)

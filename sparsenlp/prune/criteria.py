@@ -1,95 +1,119 @@
-"""How much each weight matters: (weight, statistic) -> nonnegative scores, lowest pruned first."""
+"""How much each weight matters: (weight, statistics) -> scores of the same shape, lowest pruned first.
+
+A weight (N, K) comes as float32 with its mask applied; scores are finite float32. What a criterion
+needs of LayerStatistics stands in its row of CRITERIA, so that nothing else is collected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .layers import trainable_weight
+from .statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """`score(weight, statistic)` gives (N, K) scores; `statistic` is None unless `needs_statistics`."""
+    """A score, and how it is meant to be used.
 
-    score: Callable[[Tensor, Tensor | None], Tensor]
-    needs_statistics: bool = False
+    score        (weight, statistics) -> (N, K)
+    needs        fields of LayerStatistics that `score` reads, all of gradients or all of inputs
+    aggregation  of the scores in a unit of the pattern: "sum", "l2" or "mean"
+    scope        in which it ranks best: "global" where scores of different layers compare
+    """
+
+    score: Callable[[Tensor, LayerStatistics], Tensor]
+    needs: tuple[str, ...] = ()
+    aggregation: str = "sum"
+    scope: str = "local"
 
 
-def magnitude(weight: Tensor, statistic: Tensor | None = None) -> Tensor:
-    """w², which sums to the squared L2 norm of a block (Han et al. 2015, arXiv:1506.02626)."""
-    return weight.square()
+def magnitude(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """|w| (Han et al. 2015, arXiv:1506.02626)."""
+    return weight.abs()
 
 
-def taylor(weight: Tensor, statistic: Tensor | None) -> Tensor:
+def relative(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """|w| / Σ|w| of the layer, a weight's share in its layer: magnitudes that compare across layers.
+
+    LAMP (Lee et al. 2021, arXiv:2010.07611) divides by the larger weights' total instead. Training
+    with `proximal_step_` first drives the small shares to zero.
+    """
+    magnitudes = weight.abs()
+    return magnitudes / magnitudes.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def random(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Uniform in [0, 1) from torch's default generator, which torch.manual_seed seeds: the honest baseline.
+
+    Blalock et al. 2020, arXiv:2003.03033.
+    """
+    return torch.rand(weight.shape).to(weight.device)
+
+
+def gradient(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Σ|dL/dw|: weights that training leaves alone go first, as with `Threshold(alpha=...)` on gradients.
+
+    The magnitude of the loss's slope, one factor of Mozer & Smolensky 1989 (NeurIPS, "Skeletonization").
+    """
+    return statistics.require("gradient_sum")
+
+
+def taylor(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Running mean of |w · dL/dw|: the first-order change of the loss when w becomes zero.
 
-    Molchanov et al. 2017 (arXiv:1611.06440) and 2019 (arXiv:1906.10771), per weight; the mean comes
-    from `GradientStatistics`.
+    Molchanov et al. 2017 (arXiv:1611.06440) and 2019 (arXiv:1906.10771), per weight.
     """
-    if statistic is None:
-        raise ValueError("taylor: expected statistics, got None; pass a GradientStatistics that saw a backward")
-    return statistic
+    return statistics.require("taylor")
+
+
+def fisher(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """w² · E[(dL/dw)²], twice the second-order change of the loss when w becomes zero.
+
+    Optimal brain damage (LeCun et al. 1990, NeurIPS) with the diagonal of the empirical Fisher for
+    the Hessian, as in Theis et al. 2018 (arXiv:1801.05787). `fisher_from_adam` has it for free.
+    """
+    return weight.square() * statistics.require("gradient_square")
+
+
+def snip(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """|w · Σ dL/dw| = |dL/dm| for a mask m = 1 on w, at one point (Lee et al. 2019, arXiv:1810.02340).
+
+    Not divided by its total, which changes no ranking.
+    """
+    return statistics.require("connection")
+
+
+def movement(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """-Σ w · dL/dw over training, signed: weights that move towards zero go first (hard movement).
+
+    The score that Sanh et al. 2020 (arXiv:2005.07683) train by a straight-through gradient, divided by
+    its learning rate.
+    """
+    return statistics.require("movement")
+
+
+def wanda(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """|w| · sqrt(E[x²]) with x the weight's input (Sun et al. 2023, arXiv:2306.11695).
+
+    The root mean square replaces the paper's norm, which differs by one factor per model. The paper
+    ranks within each output row: scope "row", which with blocks is each row of blocks. Scope "local"
+    ranks a whole matrix.
+    """
+    return weight.abs() * statistics.require("input_square").sqrt()
 
 
 CRITERIA: dict[str, Criterion] = {
-    "magnitude": Criterion(magnitude),
-    "taylor": Criterion(taylor, needs_statistics=True),
+    "magnitude": Criterion(magnitude, aggregation="l2"),
+    "relative": Criterion(relative, scope="global"),
+    "random": Criterion(random),
+    "gradient": Criterion(gradient, ("gradient_sum",), scope="global"),
+    "taylor": Criterion(taylor, ("taylor",), scope="global"),
+    "fisher": Criterion(fisher, ("gradient_square",), scope="global"),
+    "snip": Criterion(snip, ("connection",), scope="global"),
+    "movement": Criterion(movement, ("movement",), scope="global"),
+    "wanda": Criterion(wanda, ("input_square",), aggregation="l2", scope="row"),
 }
-
-
-class GradientStatistics:
-    """Exponential running mean of |w · dL/dw| for the weights of some linear layers.
-
-    layers   name -> nn.Linear, as `prunable` returns them
-    decay    weight of the past, in [0, 1)
-
-    Call `update` after `backward` and before the gradients are clipped or cleared. For a layer that
-    carries a mask the product is that of the effective weight: a pruned weight has no gradient, so
-    its mean decays to zero.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Linear], decay: float = 0.95) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"GradientStatistics: expected a decay in [0, 1), got {decay}")
-        self.layers = dict(layers)
-        self.decay = decay
-        self.updates = 0
-        self.means = {name: torch.zeros_like(trainable_weight(layer).data) for name, layer in self.layers.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Fold the present gradients in. Raises RuntimeError if a layer has none."""
-        weights = {name: trainable_weight(layer) for name, layer in self.layers.items()}
-        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-        for name in weights:
-            if name not in gradients:
-                raise RuntimeError(f"GradientStatistics: expected a gradient in {name}, got None; call backward first")
-        rate = 1.0 - self.decay if self.updates else 1.0
-        for name, gradient in gradients.items():
-            self.means[name].lerp_((weights[name] * gradient).abs_(), rate)
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The means by layer name, and the number of updates as a 0-d int64 tensor under "updates"."""
-        return {f"means.{name}": mean for name, mean in self.means.items()} | {"updates": torch.tensor(self.updates)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError, with nothing loaded, if names or shapes are not those of these layers."""
-        expected = self.state_dict()
-        if expected.keys() != state.keys():
-            differing = sorted(expected.keys() ^ state.keys())
-            raise ValueError(
-                f"GradientStatistics: expected a state of the same layers, got a difference in {differing}"
-            )
-        for key, tensor in expected.items():
-            if state[key].shape != tensor.shape:
-                raise ValueError(
-                    f"GradientStatistics: expected {key} of shape {tuple(tensor.shape)}, got {tuple(state[key].shape)}"
-                )
-        for name, mean in self.means.items():
-            mean.copy_(state[f"means.{name}"])
-        self.updates = int(state["updates"])

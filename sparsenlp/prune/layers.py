@@ -80,18 +80,23 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def mask_of(layer: nn.Linear) -> Mask | None:
-    """The mask on a layer's weight, None if it has none.
+    """The mask on a layer's weight, None if it has none or one of torch.nn.utils.prune.
 
-    Raises ValueError if the weight is computed in another way (a weight norm, torch.nn.utils.prune).
+    Raises ValueError if the weight is computed in another way, such as by a weight norm.
     """
     chain = _parametrizations(layer)
     if chain is not None:
         if len(chain) == 1 and isinstance(chain[0], Mask):
             return chain[0]
         raise ValueError(f"expected a plain weight, got one parametrized by {type(chain[0]).__name__}")
-    if "weight" not in layer._parameters:
+    if "weight" not in layer._parameters and torch_mask_of(layer) is None:
         raise ValueError("expected the weight to be a Parameter, got a computed one; make it permanent first")
     return None
+
+
+def torch_mask_of(layer: nn.Linear) -> Tensor | None:
+    """The mask (N, K) of 0 and 1 that torch.nn.utils.prune keeps for a layer's weight, None without one."""
+    return layer._buffers.get("weight_mask") if "weight_orig" in layer._parameters else None
 
 
 def masked_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -106,7 +111,9 @@ def masked_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def trainable_weight(layer: nn.Linear) -> Tensor:
     """The Parameter that an optimizer updates: the weight itself, or the one under its mask."""
     chain = _parametrizations(layer)
-    return chain.original if chain is not None else layer.weight
+    if chain is not None:
+        return chain.original
+    return layer.weight if torch_mask_of(layer) is None else cast(Tensor, layer.weight_orig)
 
 
 def _parametrizations(layer: nn.Linear) -> parametrize.ParametrizationList | None:

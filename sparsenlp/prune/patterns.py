@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..formats.block import split_blocks
 
+AGGREGATIONS = ("sum", "l2", "mean")
+
 
 class Pattern(Protocol):
     """A rule that groups the weights of an (N, K) matrix into units that are kept or pruned whole.
@@ -28,8 +30,13 @@ class Pattern(Protocol):
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError if a matrix of `shape` cannot be divided into whole units."""
 
-    def scores(self, elementwise: Tensor) -> Tensor:
-        """One score per unit from one score per weight (N, K); the lowest are pruned first, +inf never."""
+    def scores(self, elementwise: Tensor, aggregation: str = "sum") -> Tensor:
+        """One score per unit from one score per weight (N, K); the lowest are pruned first, +inf never.
+
+        aggregation  of the scores in a unit: "sum", "l2" (their Euclidean norm) or "mean"
+
+        A unit of which a weight scores -inf, as what is pruned already does, scores -inf.
+        """
 
     def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
         """Boolean mask over the weights, `shape` (N, K), from one boolean per unit."""
@@ -50,7 +57,7 @@ class Unstructured:
     def check(self, shape: tuple[int, ...]) -> None:
         _check_matrix(self, shape)
 
-    def scores(self, elementwise: Tensor) -> Tensor:
+    def scores(self, elementwise: Tensor, aggregation: str = "sum") -> Tensor:
         """(N, K) -> (N, K), unchanged."""
         self.check(tuple(elementwise.shape))
         return elementwise
@@ -88,10 +95,10 @@ class Block:
         if shape[0] % self.n or shape[1] % self.k:
             raise ValueError(f"{self}: expected a shape divisible by blocks of {self}, got {shape[0]}x{shape[1]}")
 
-    def scores(self, elementwise: Tensor) -> Tensor:
-        """(N, K) -> (N / n, K / k), the sum over each block."""
+    def scores(self, elementwise: Tensor, aggregation: str = "sum") -> Tensor:
+        """(N, K) -> (N / n, K / k)."""
         self.check(tuple(elementwise.shape))
-        return split_blocks(elementwise, (self.n, self.k)).sum(dim=(2, 3))
+        return _aggregate(split_blocks(elementwise, (self.n, self.k)), (2, 3), aggregation)
 
     def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
         """(N / n, K / k) -> (N, K)."""
@@ -112,7 +119,7 @@ class NM:
     leaves the others dense.
 
     The unit is one weight. The n best of a group score +inf; the m - n others share one score, the
-    sum of theirs, so that a whole group goes at once.
+    aggregate of theirs, so that a whole group goes at once.
     """
 
     n: int = 2
@@ -135,13 +142,13 @@ class NM:
         if shape[1] % self.m:
             raise ValueError(f"{self}: expected columns divisible by {self.m}, got shape {shape[0]}x{shape[1]}")
 
-    def scores(self, elementwise: Tensor) -> Tensor:
+    def scores(self, elementwise: Tensor, aggregation: str = "sum") -> Tensor:
         """(N, K) -> (N, K); see the class."""
         self.check(tuple(elementwise.shape))
         groups = elementwise.unflatten(1, (-1, self.m))
         worst = _ranks(groups) < self.step
-        loss = torch.where(worst, groups, 0).sum(dim=-1, keepdim=True)
-        return torch.where(worst, loss, torch.inf).flatten(1)
+        loss = _aggregate(groups[worst].view(*groups.shape[:2], self.step), (2,), aggregation)
+        return torch.where(worst, loss[..., None], torch.inf).flatten(1)
 
     def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
         """(N, K) -> (N, K), unchanged."""
@@ -162,6 +169,23 @@ def parse_pattern(text: str) -> Pattern:
         raise ValueError(f'pattern: expected "unstructured", "8x1" (rows x columns) or "2:4", got "{text}"')
     first, second = int(found[1]), int(found[3])
     return Block(first, second) if found[2] == "x" else NM(first, second)
+
+
+def check_aggregation(aggregation: str) -> None:
+    """Raise ValueError unless it is one of AGGREGATIONS."""
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {aggregation}")
+
+
+def _aggregate(scores: Tensor, dims: tuple[int, ...], aggregation: str) -> Tensor:
+    """Sum, mean or norm over `dims`; -inf wherever one of the scores is."""
+    check_aggregation(aggregation)
+    if aggregation != "l2":
+        return scores.sum(dim=dims) if aggregation == "sum" else scores.mean(dim=dims)
+    lowest = scores.amin(dim=dims)
+    if ((lowest < 0) & (lowest > -torch.inf)).any():
+        raise ValueError("aggregation: expected sum or mean for scores below zero, got l2")
+    return torch.linalg.vector_norm(scores, dim=dims).masked_fill(lowest == -torch.inf, -torch.inf)
 
 
 def _ranks(groups: Tensor) -> Tensor:

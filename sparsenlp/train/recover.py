@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset
-from ..prune import CRITERIA, GradientStatistics, cubic_sparsity, prune_, sparsity_of
+from ..prune import CRITERIA, collector, cubic_sparsity, prune_, sparsity_of
 from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
@@ -91,8 +92,7 @@ class _RecoveryTask:
         self.filter_fn = filter_fn
         self.ramp_end = max(int(config.ramp_fraction * total_steps(data, config)), 1)
         self.sparsity = 0.0
-        wanted = CRITERIA[config.criterion].needs_statistics
-        self.statistics = GradientStatistics(layers, config.statistics_decay) if wanted else None
+        self.statistics = collector(layers, CRITERIA[config.criterion].needs, config.statistics_decay)
 
     def before_step(self, step: int) -> None:
         """Tighten the masks every `update_every` steps of the ramp, and at its end."""
@@ -107,7 +107,8 @@ class _RecoveryTask:
     def loss(self, indices: Sequence[int]) -> Tensor:
         config = self.config
         inputs = self.data.batch(indices)
-        output = forward(self.model, inputs, config.hidden_weight > 0, config.bf16)
+        with self.statistics.observing(inputs["attention_mask"]) if self.statistics is not None else nullcontext():
+            output = forward(self.model, inputs, config.hidden_weight > 0, config.bf16)
         logits, device = output.logits.float(), device_of(self.model)
         teacher_logits, teacher_states = self.teacher.outputs(indices)
         loss = config.label_weight * F.cross_entropy(logits, self.data.labels[list(indices)].to(device))

@@ -4,14 +4,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
 
 from sparsenlp.prune import (
     NM,
     Block,
     GradientStatistics,
+    LayerStatistics,
+    Threshold,
     Unstructured,
     finalize_,
     layer_sparsity,
+    mask_zeros_,
     masked_layers,
     prunable,
     prune_,
@@ -168,11 +172,13 @@ def other_statistics():
         ({"sparsity": 1.0}, r"sparsity: expected a fraction of zeros in \[0, 1\), got 1.0"),
         ({"sparsity": -0.1}, r"in \[0, 1\), got -0.1"),
         ({"pattern": NM(2, 4), "sparsity": 0.9}, "at most 0.5 for 2:4, got 0.9"),
-        ({"criterion": "luck"}, "criterion: expected one of magnitude, taylor, got luck"),
-        ({"scope": "galactic"}, "scope: expected one of local, global, got galactic"),
-        ({"criterion": "taylor"}, "expected GradientStatistics for taylor, got None"),
+        ({"criterion": "luck"}, "criterion: expected one of magnitude, relative, .* got luck"),
+        ({"scope": "galactic"}, "scope: expected one of local, row, global, got galactic"),
+        ({"criterion": "taylor"}, "expected statistics for taylor, which needs taylor, got None"),
         ({"criterion": "taylor", "statistics": GradientStatistics({})}, "got statistics without an update"),
         ({"criterion": "taylor", "statistics": other_statistics()}, "got none of 0"),
+        ({"criterion": "snip", "statistics": {"0": LayerStatistics()}}, "prune_: 0: statistics: expected connection"),
+        ({"aggregation": "max"}, "aggregation: expected one of sum, l2, mean, got max"),
         ({"filter_fn": lambda module, name: False}, "expected filter_fn to select a layer, got none of 2"),
         ({"pattern": Block(16, 1)}, "prune_: 2: 16x1: expected a shape divisible .* got 8x32"),
         ({"scope": "global", "sparsity": 0.999}, "keeps 1% of every matrix, got 0.999"),
@@ -209,8 +215,131 @@ def test_foreign_parametrizations_are_refused():
     assert not masked_layers(model)
 
 
-def test_torch_prune_masks_are_refused_until_permanent():
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(1, 16), NM(2, 4)], ids=str)
+def test_torch_prune_masks_are_taken_over(pattern):
+    model, twin = mlp(), mlp()
+    prune_(twin, pattern, 0.5)
+    for layer, other in zip((model[0], model[2]), (twin[0], twin[2]), strict=True):
+        torch_prune.custom_from_mask(layer, "weight", other.weight != 0)
+    parameters = {id(p) for p in model.parameters()}
+    report = prune_(model, pattern, 0.0)
+    assert report == {"0": 0.5, "2": 0.5}
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(model(x), twin(x))
+    assert {id(p) for p in model.parameters()} == parameters
+    assert not torch_prune.is_pruned(model)
+    finalize_(model)
+    assert sorted(model.state_dict()) == sorted(mlp().state_dict())
+
+
+def test_torch_prune_masks_tighten():
     model = mlp()
-    torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
-    with pytest.raises(ValueError, match="0: expected the weight to be a Parameter"):
-        prune_(model, Unstructured(), 0.5)
+    torch_prune.random_unstructured(model[0], "weight", amount=0.5)
+    pruned = model[0].weight == 0
+    prune_(model, Unstructured(), 0.75)
+    assert (model[0].weight[pruned] == 0).all()
+    assert sparsity_of(model) == 0.75
+
+
+def test_torch_prune_masks_of_other_units_are_refused():
+    model = mlp()
+    torch_prune.random_unstructured(model[2], "weight", amount=0.5)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"2: expected a mask of torch\.nn\.utils\.prune in whole units of 8x1"):
+        prune_(model, Block(8, 1), 0.5)
+    assert_unchanged(model, before)
+    assert torch_prune.is_pruned(model)
+
+
+def test_zeros_of_other_tools_become_masks():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[:8, :4] = 0
+        model[0].weight[20, 5] = 0
+    assert mask_zeros_(model, Block(8, 1)) == {"0": 32 / 512, "2": 0.0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 16)).square().sum().backward()
+    optimizer.step()
+    assert not model[0].weight[:8, :4].any()
+    assert model[0].weight[20, 5] != 0, "a zero outside of a zero block is a weight"
+    prune_(model, Block(8, 1), 0.5)
+    assert not model[0].weight[:8, :4].any()
+
+
+def test_zeros_in_n_of_every_m_become_masks():
+    model = nn.Linear(8, 1, bias=False)
+    model.weight.data.copy_(torch.tensor([[1.0, 0, 0, 1, 1, 1, 0, 1]]))
+    assert mask_zeros_(model, NM(2, 4)) == {"": 0.25}
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(16, 8)
+        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.second.weight = self.first.weight
+        self.out.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.out(self.second(self.first(self.embedding(ids)).tanh()))
+
+
+def body(module, name):
+    return name in ("first", "second")
+
+
+def test_layers_that_share_a_weight_share_its_mask():
+    model = Tied()
+    statistics = GradientStatistics(prunable(model, body))
+    model(torch.arange(4)).square().sum().backward()
+    statistics.update()
+    for sparsity in (0.25, 0.5):
+        report = prune_(model, Block(4, 1), sparsity, "taylor", "global", body, statistics)
+        assert report == {"first": sparsity, "second": sparsity}
+        assert torch.equal(model.first.weight, model.second.weight)
+    finalize_(model)
+    assert model.first.weight is model.second.weight
+    assert sparsity_of(model, body) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("first",), "expected first to have a weight of its own, got one that second uses too"),
+        (("first", "second", "out"), "expected out to have a weight of its own, got one that embedding uses too"),
+    ],
+)
+def test_a_weight_shared_with_what_is_not_selected_is_refused(names, message):
+    model = Tied()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        prune_(model, Unstructured(), 0.5, filter_fn=lambda module, name: name in names)
+    assert_unchanged(model, before)
+    assert not masked_layers(model)
+
+
+def test_a_layer_that_is_called_twice_is_one_layer():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    assert prune_(model, Unstructured(), 0.5) == {"0": 0.5}
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 3)])
+def test_alpha_prunes_below_a_fraction_of_the_highest_magnitude(alpha, expected):
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, -2.0], [0.5, 4.0]]) if alpha else torch.zeros(2, 2))
+    assert prune_(layer, Unstructured(), Threshold(alpha=alpha)) == {"": expected / 4}
+
+
+def test_alpha_of_the_highest_accumulated_gradient():
+    model = mlp()
+    statistics = GradientStatistics(prunable(model), ["gradient_sum"])
+    for _ in range(2):
+        model(torch.randn(4, 16)).square().sum().backward()
+        statistics.update()
+        model.zero_grad()
+    prune_(model, Unstructured(), Threshold(alpha=0.1), "gradient", statistics=statistics)
+    for name, layer in masked_layers(model).items():
+        gradients = statistics[name].gradient_sum
+        assert torch.equal(layer.weight != 0, gradients >= 0.1 * gradients.max())
