@@ -137,12 +137,12 @@ def _global_count(keys: Sequence[Tensor], pattern: Pattern, sparsity: float | Th
         for units in keys:
             _protect_best_(units.view(-1), min_kept)
     total = sum(units.numel() for units in keys)
-    pruned = sum(int((units == _PRUNED).sum()) for units in keys)
+    pruned = sum(int((units == _PRUNED).count_nonzero()) for units in keys)
     if isinstance(sparsity, Threshold):
         limit = _limit(highest, sparsity)
-        return max(sum(int((units < limit).sum()) for units in keys), pruned)
+        return max(sum(int((units < limit).count_nonzero()) for units in keys), pruned)
     count = max(min(_whole_steps(total, pattern, sparsity), total - 1), pruned)
-    most = sum(int((units != _PROTECTED).sum()) for units in keys)
+    most = sum(int((units != _PROTECTED).count_nonzero()) for units in keys)
     if count > most:
         raise ValueError(
             f"global_masks: expected a sparsity of at most {most / total:.4f}, which keeps "
@@ -176,12 +176,12 @@ def _keys(
 
 def _order(values: Tensor) -> Tensor:
     """Float32 -> int32 in the same order, -0.0 as 0.0; a new tensor."""
-    return _flip((values + 0.0).view(torch.int32))
+    return _flip_((values + 0.0).view(torch.int32))
 
 
-def _flip(bits: Tensor) -> Tensor:
-    """Of negative floats the bits below the sign rise as the value falls; its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _flip_(bits: Tensor) -> Tensor:
+    """Of negative floats the bits below the sign rise as the value falls: turn those over. Its own inverse."""
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 
 _PRUNED = int(_order(torch.tensor(-torch.inf)))
@@ -191,9 +191,9 @@ _PROTECTED = int(_order(torch.tensor(torch.inf)))
 def _counts(keys: Tensor, pattern: Pattern, sparsity: float | Threshold) -> Tensor:
     """Units to prune along the last dimension, (...,) int64: at least one kept, never fewer than are pruned already."""
     size = keys.shape[-1]
-    pruned = (keys == _PRUNED).sum(dim=-1)
+    pruned = (keys == _PRUNED).count_nonzero(dim=-1)
     if isinstance(sparsity, Threshold):
-        wanted = (keys < _limit(_highest(keys), sparsity)[..., None]).sum(dim=-1)
+        wanted = (keys < _limit(_highest(keys), sparsity)[..., None]).count_nonzero(dim=-1)
     else:
         wanted = torch.full_like(pruned, _whole_steps(size, pattern, sparsity))
     return torch.maximum(wanted.clamp(max=size - 1), pruned)
@@ -210,7 +210,7 @@ def _highest(keys: Tensor) -> Tensor:
 
 def _limit(highest: Tensor, threshold: Threshold) -> Tensor:
     """Keys below this one are below the threshold; the shape of `highest`."""
-    values = _flip(highest).view(torch.float32)
+    values = _flip_(highest.clone()).view(torch.float32)
     if threshold.alpha is not None:
         return _order(values.clamp_min(0.0) * threshold.alpha)
     return _order(torch.full_like(values, threshold.absolute or 0.0))
@@ -233,8 +233,10 @@ def _keep(parts: Sequence[Tensor], count: int) -> list[Tensor]:
         return [torch.ones_like(part, dtype=torch.bool) for part in parts]
     threshold = _kth_smallest(parts, count)
     keep = [part >= threshold for part in parts]
-    ties = count - sum(int((~mask).sum()) for mask in keep)
+    ties = count - sum(mask.numel() - int(mask.count_nonzero()) for mask in keep)
     for part, mask in zip(parts, keep, strict=True):
+        if not ties:
+            break
         equal = (part == threshold).nonzero().flatten()[:ties]
         mask[equal] = False
         ties -= len(equal)
@@ -243,7 +245,7 @@ def _keep(parts: Sequence[Tensor], count: int) -> list[Tensor]:
 
 def _kth_smallest(parts: Sequence[Tensor], k: int) -> int:
     """The k-th smallest, from 1, of all int32 parts together: a radix selection, which joins and copies none."""
-    high, k = _pick(parts, k, lambda part: (part >> 16) + 2**15)
+    high, k = _pick(parts, k, lambda part: (part >> 16).add_(2**15))
     high -= 2**15
     low, _ = _pick(parts, k, lambda part: part[(part >> 16) == high] & 0xFFFF)
     return (high << 16) | low

@@ -147,7 +147,9 @@ class NM:
         self.check(tuple(elementwise.shape))
         groups = elementwise.unflatten(1, (-1, self.m))
         worst = _ranks(groups) < self.step
-        loss = _aggregate(groups[worst].view(*groups.shape[:2], self.step), (2,), aggregation)
+        loss = _aggregate(torch.where(worst, groups, 0), (2,), aggregation)
+        if aggregation == "mean":
+            loss = loss * (self.m / self.step)
         return torch.where(worst, loss[..., None], torch.inf).flatten(1)
 
     def expand(self, unit_mask: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -185,7 +187,7 @@ def _aggregate(scores: Tensor, dims: tuple[int, ...], aggregation: str) -> Tenso
     lowest = scores.amin(dim=dims)
     if ((lowest < 0) & (lowest > -torch.inf)).any():
         raise ValueError("aggregation: expected sum or mean for scores below zero, got l2")
-    return torch.linalg.vector_norm(scores, dim=dims).masked_fill(lowest == -torch.inf, -torch.inf)
+    return scores.square().sum(dim=dims).sqrt().masked_fill(lowest == -torch.inf, -torch.inf)
 
 
 def _ranks(groups: Tensor) -> Tensor:
