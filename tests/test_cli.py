@@ -206,9 +206,20 @@ def test_prune_refuses_a_sparse_checkpoint(sparse, tmp_path):
     )
 
 
-def test_prune_refuses_taylor_without_data(files, tmp_path):
-    message = failure("prune", files / "model", tmp_path / "out", "--criterion", "taylor")
-    assert message.startswith("criterion: expected --data for taylor")
+@pytest.mark.parametrize("criterion", ["taylor", "wanda"])
+def test_prune_refuses_what_needs_data_without_it(files, tmp_path, criterion):
+    message = failure("prune", files / "model", tmp_path / "out", "--criterion", criterion)
+    assert message.startswith(f"criterion: expected --data for {criterion}")
+
+
+def test_prune_at_random_is_seeded(files, tmp_path):
+    weights = []
+    for seed in ("1", "1", "2"):
+        output = tmp_path / str(len(weights))
+        succeed("prune", files / "model", output, "--sparsity", "0.5", "--criterion", "random", "--seed", seed)
+        weights.append([path.read_bytes() for path in sorted(output.glob("*.safetensors"))])
+    assert weights[0]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_prune_refuses_an_untrained_head_without_training(files, tmp_path):

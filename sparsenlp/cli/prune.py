@@ -47,12 +47,18 @@ def prune(
     sparsity: Annotated[float, typer.Option(help="Fraction of the encoder's weights to remove.")] = 0.9,
     pattern: Annotated[str, typer.Option(help="Blocks of rows x columns, 2:4, or unstructured.")] = "8x1",
     criterion: Annotated[
-        str | None, typer.Option(help="taylor or magnitude. (default: taylor with --data)", show_default=False)
+        str | None,
+        typer.Option(
+            help="What goes first: magnitude, relative or random; with --data also taylor, fisher, gradient, snip, "
+            "movement or wanda. (default: taylor with --data)",
+            show_default=False,
+        ),
     ] = None,
     scope: Annotated[
         str | None,
         typer.Option(
-            help="global: one ranking of all weights; local: each layer alike. (default: global for taylor)",
+            help="global: one ranking of all weights; local: each layer alike; row: each row of each layer alike. "
+            "(default: what suits the criterion, global for taylor)",
             show_default=False,
         ),
     ] = None,
@@ -70,7 +76,7 @@ def prune(
         list[int] | None,
         typer.Option(min=1, help="Tokens per batch to be fast for; repeatable. (default: 128)", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the batches and a new head.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split, the batches, a new head and random pruning.")] = 0,
     threads: Threads = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Where an interrupted run waits. (default: OUTPUT/work)", show_default=False)
@@ -98,7 +104,7 @@ def prune(
     counts = tuple(tokens or (128,))
     with use_threads(threads):
         if data is None:
-            _one_shot(model, output, pattern, sparsity, criterion, scope, counts)
+            _one_shot(model, output, pattern, sparsity, criterion or "magnitude", scope, counts, seed)
             return
         recovery = _recovery_config(pattern, sparsity, criterion or "taylor", scope)
         recovery = replace(recovery, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
@@ -171,20 +177,26 @@ def _one_shot(
     output: Path,
     pattern: str,
     sparsity: float,
-    criterion: str | None,
+    criterion: str,
     scope: str | None,
     counts: tuple[int, ...],
+    seed: int,
 ) -> None:
-    """Prune by magnitude at once, convert and save."""
-    from ..classifiers import load_model, load_tokenizer, save_model
-    from ..prune import finalize_, parse_pattern, prune_
+    """Prune by the weights alone at once, convert and save."""
+    import torch
 
-    if criterion == "taylor":
-        raise ValueError("criterion: expected --data for taylor, which needs gradients, got none; or use magnitude")
+    from ..classifiers import load_model, load_tokenizer, save_model
+    from ..prune import finalize_, find_criterion, parse_pattern, prune_
+
+    rule = find_criterion(criterion)
+    if rule.needs:
+        raise ValueError(
+            f"criterion: expected --data for {criterion}, which needs gradients or inputs, got none; or use magnitude"
+        )
     tokenizer, model = load_tokenizer(name), load_model(name)
     _check_sparsity(sparsity)
-    criterion = criterion or "magnitude"
-    prune_(model, parse_pattern(pattern), sparsity, criterion, scope or _scope(criterion))
+    torch.manual_seed(seed)
+    prune_(model, parse_pattern(pattern), sparsity, criterion, scope or rule.scope)
     note("warning: no --data, so the accuracy that pruning costs is neither recovered nor measured")
     plan = _convert(finalize_(model), sparsity, counts)
     save_model(model, output, tokenizer)
@@ -212,18 +224,12 @@ def _check_pattern(model: nn.Module, recovery: RecoveryConfig) -> None:
 
 
 def _recovery_config(pattern: str, sparsity: float, criterion: str, scope: str | None) -> RecoveryConfig:
-    from ..prune import parse_pattern
+    from ..prune import find_criterion, parse_pattern
     from ..train import RecoveryConfig
 
     _check_sparsity(sparsity)
-    return RecoveryConfig(
-        pattern=parse_pattern(pattern), sparsity=sparsity, criterion=criterion, scope=scope or _scope(criterion)
-    )
-
-
-def _scope(criterion: str) -> str:
-    """A ranking over all layers starves some of them where it goes by magnitude."""
-    return "global" if criterion == "taylor" else "local"
+    scope = scope or find_criterion(criterion).scope
+    return RecoveryConfig(pattern=parse_pattern(pattern), sparsity=sparsity, criterion=criterion, scope=scope)
 
 
 def _finetune_config(head: Head, epochs: int | None, batch_size: int, seed: int) -> FinetuneConfig | None:

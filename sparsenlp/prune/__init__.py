@@ -1,11 +1,12 @@
 """Pruning: patterns, criteria, masks, schedules, and `prune_` which combines them."""
 
 from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
-from .criteria import CRITERIA, Criterion
+from .criteria import CRITERIA, Criterion, find_criterion
 from .layers import default_filter, masked_layers, prunable
 from .masks import Threshold, global_masks, local_masks, row_masks
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from .schedules import cubic_sparsity
+from .scores import score_layers
 from .statistics import (
     GradientStatistics,
     InputStatistics,
@@ -31,6 +32,7 @@ __all__ = [
     "cubic_sparsity",
     "default_filter",
     "finalize_",
+    "find_criterion",
     "fisher_from_adam",
     "global_masks",
     "layer_sparsity",
@@ -41,5 +43,6 @@ __all__ = [
     "prunable",
     "prune_",
     "row_masks",
+    "score_layers",
     "sparsity_of",
 ]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-from .criteria import CRITERIA, Criterion
+from .criteria import Criterion, find_criterion
 from .layers import FilterFn, Mask, mask_of, masked_layers, prunable, torch_mask_of, trainable_weight
 from .masks import MASKS, Threshold, check_sparsity
 from .patterns import Pattern
+from .scores import score_layers
 from .statistics import LayerStatistics
 
 
@@ -55,14 +56,13 @@ def prune_(
     or shared with something that is not selected.
     """
     check_sparsity(pattern, sparsity)
-    rule = _criterion(criterion)
+    rule = find_criterion(criterion)
     if scope not in MASKS:
         raise ValueError(f"scope: expected one of {', '.join(MASKS)}, got {scope}")
     layers = prunable(model, filter_fn)
     owners = _owners(model, layers)
     previous = _present_masks(layers, pattern, owners)
-    scored = {name: layers[name] for name in dict.fromkeys(owners.values())}
-    scores = _Scores(scored, rule, str(criterion), statistics)
+    scores = score_layers({name: layers[name] for name in dict.fromkeys(owners.values())}, criterion, statistics)
     masks = MASKS[scope](scores, pattern, sparsity, previous, aggregation or rule.aggregation)
     for name, layer in layers.items():
         mask = masks[owners[name]]
@@ -110,14 +110,6 @@ def _counts(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, tuple[int
     """Nonzero and all weights of each prunable layer."""
     weights = {name: layer.weight for name, layer in prunable(model, filter_fn).items()}
     return {name: (int(weight.count_nonzero()), weight.numel()) for name, weight in weights.items()}
-
-
-def _criterion(criterion: str | Criterion) -> Criterion:
-    if isinstance(criterion, Criterion):
-        return criterion
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion}")
-    return CRITERIA[criterion]
 
 
 def _owners(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
@@ -178,49 +170,3 @@ def _set_mask(layer: nn.Linear, mask: Tensor, pattern: Pattern) -> None:
     if torch_mask_of(layer) is not None:
         torch_prune.remove(layer, "weight")
     parametrize.register_parametrization(layer, "weight", Mask(mask, str(pattern)))
-
-
-class _Scores(Mapping[str, Tensor]):
-    """Layer name -> elementwise scores in float32, made when asked for: one layer's exist at a time.
-
-    Raises ValueError if the statistics lack what the criterion needs.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Linear],
-        criterion: Criterion,
-        label: str,
-        statistics: Mapping[str, LayerStatistics] | None,
-    ) -> None:
-        self.layers, self.criterion = layers, criterion
-        self.statistics = statistics if statistics is not None else {}
-        if not criterion.needs:
-            return
-        if not statistics:
-            got = "None" if statistics is None else "statistics without an update"
-            raise ValueError(f"prune_: expected statistics for {label}, which needs {criterion.needs[0]}, got {got}")
-        for name in layers:
-            if name not in statistics:
-                raise ValueError(f"prune_: expected statistics of every selected layer, got none of {name}")
-            for field in criterion.needs:
-                try:
-                    statistics[name].require(field)
-                except ValueError as error:
-                    raise ValueError(f"prune_: {name}: {error}") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        weight = self.layers[name].weight.detach().float()
-        statistics = self.statistics[name] if self.criterion.needs else LayerStatistics()
-        scores = self.criterion.score(weight, statistics)
-        if scores.shape != weight.shape:
-            raise ValueError(
-                f"prune_: expected scores of shape {tuple(weight.shape)} for {name}, got {tuple(scores.shape)}"
-            )
-        return scores
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)

@@ -117,3 +117,12 @@ CRITERIA: dict[str, Criterion] = {
     "movement": Criterion(movement, ("movement",), scope="global"),
     "wanda": Criterion(wanda, ("input_square",), aggregation="l2", scope="row"),
 }
+
+
+def find_criterion(criterion: str | Criterion) -> Criterion:
+    """The criterion of that name; ValueError if CRITERIA has none."""
+    if isinstance(criterion, Criterion):
+        return criterion
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion}")
+    return CRITERIA[criterion]

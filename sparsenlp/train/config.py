@@ -52,10 +52,11 @@ class FinetuneConfig(TrainingConfig):
 class RecoveryConfig(TrainingConfig):
     """Gradual pruning with distillation from the dense model (see TrainingConfig for the rest).
 
-    pattern, sparsity, criterion, scope   as in `prune_`
+    pattern, sparsity, criterion, scope   as in `prune_`; the criterion by its name, and what it needs is collected
+                        while training, from gradients before they are clipped or from the inputs of layers
     ramp_fraction       share of all steps in which sparsity rises (cubic); then the masks are frozen
     update_every        steps between two updates of the masks
-    statistics_decay    of the running mean that "taylor" uses
+    statistics_decay    of the running means that "taylor", "fisher" and "wanda" use; sums do not decay
     label_weight        of the cross-entropy with the labels
     distill_weight      of KL(teacher || student) of the logits
     temperature         that the logits are divided by in that KL

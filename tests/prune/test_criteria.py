@@ -241,5 +241,5 @@ def test_a_criterion_of_one_s_own():
     first = Criterion(lambda weight, statistics: torch.arange(4.0)[None])
     prune_(layer, Unstructured(), 0.5, first)
     assert (layer.weight != 0).tolist() == [[False, False, True, True]]
-    with pytest.raises(ValueError, match=r"expected scores of shape \(1, 4\) for , got \(4,\)"):
+    with pytest.raises(ValueError, match=r"expected scores of shape \(1, 4\), that of the weight, got \(4,\)"):
         prune_(layer, Unstructured(), 0.5, Criterion(lambda weight, statistics: weight[0]))

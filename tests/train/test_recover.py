@@ -3,7 +3,17 @@ import copy
 import pytest
 import torch
 
-from sparsenlp.prune import NM, Block, Unstructured, finalize_, layer_sparsity, masked_layers, prune_, sparsity_of
+from sparsenlp.prune import (
+    CRITERIA,
+    NM,
+    Block,
+    Unstructured,
+    finalize_,
+    layer_sparsity,
+    masked_layers,
+    prune_,
+    sparsity_of,
+)
 from sparsenlp.train import CachedTeacher, FinetuneConfig, RecoveryConfig, finetune, kl_divergence, predict, recover
 
 
@@ -67,6 +77,14 @@ def test_cached_and_live_teachers_agree(dense, make_data):
     for gib in (1.0, 0.0):
         losses.append(recover(copy.deepcopy(dense), dense, data, quick(epochs=1, cache_gib=gib)).losses)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_recovers(dense, make_data, criterion):
+    model, scope = copy.deepcopy(dense), CRITERIA[criterion].scope
+    recover(model, dense, make_data(), quick(epochs=1, sparsity=0.75, criterion=criterion, scope=scope))
+    assert sparsity_of(model) == pytest.approx(0.75, abs=1e-3)
+    assert all(not layer._forward_pre_hooks for layer in masked_layers(model).values())
 
 
 def test_magnitude_and_logits_only(dense, make_data):
