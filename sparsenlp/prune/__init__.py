@@ -5,6 +5,7 @@ from .criteria import CRITERIA, Criterion, find_criterion
 from .layers import default_filter, masked_layers, prunable
 from .masks import Threshold, global_masks, local_masks, row_masks
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
+from .proximal import proximal_step_
 from .schedules import cubic_sparsity
 from .scores import score_layers
 from .statistics import (
@@ -40,6 +41,7 @@ __all__ = [
     "mask_zeros_",
     "masked_layers",
     "parse_pattern",
+    "proximal_step_",
     "prunable",
     "prune_",
     "row_masks",

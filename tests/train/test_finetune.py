@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsenlp.prune import Block, masked_layers, prune_, sparsity_of
+from sparsenlp.prune import Block, masked_layers, proximal_step_, prunable, prune_, sparsity_of
 from sparsenlp.train import FinetuneConfig, accuracy, finetune, predict
 from sparsenlp.train.loop import learning_rate
 
@@ -13,6 +13,20 @@ def test_it_learns(make_model, make_data):
     assert sum(log.losses[-8:]) < 0.7 * sum(log.losses[:8])
     assert accuracy(predict(model, data), data.labels) > 0.9
     assert log.steps_per_second > 0
+
+
+def test_group_lasso_after_every_step(make_model, make_data):
+    model, data = make_model(), make_data(64)
+    layers = prunable(model)
+
+    def shrink(info):
+        proximal_step_(layers, Block(8, 1), 1e-3)
+
+    finetune(model, data, FinetuneConfig(epochs=4, batch_size=8, learning_rate=1e-3, dropout=False), on_step=shrink)
+    assert 0.2 < sparsity_of(model) < 1
+    for layer in layers.values():
+        blocks = layer.weight.unflatten(0, (-1, 8)) == 0
+        assert torch.equal(blocks.any(dim=1), blocks.all(dim=1)), "zeros come in whole blocks"
 
 
 def test_everything_borrowed_is_given_back(make_model, make_data):
