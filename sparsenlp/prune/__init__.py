@@ -4,6 +4,7 @@ from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
 from .criteria import CRITERIA, Criterion, find_criterion
 from .layers import default_filter, masked_layers, prunable
 from .masks import Threshold, global_masks, local_masks, row_masks
+from .movement import MovementMask, harden_, movement_, movement_penalty
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from .proximal import proximal_step_
 from .schedules import cubic_sparsity
@@ -26,6 +27,7 @@ __all__ = [
     "InputStatistics",
     "LayerStatistics",
     "LayerTarget",
+    "MovementMask",
     "Pattern",
     "Threshold",
     "Unstructured",
@@ -36,10 +38,13 @@ __all__ = [
     "find_criterion",
     "fisher_from_adam",
     "global_masks",
+    "harden_",
     "layer_sparsity",
     "local_masks",
     "mask_zeros_",
     "masked_layers",
+    "movement_",
+    "movement_penalty",
     "parse_pattern",
     "proximal_step_",
     "prunable",
