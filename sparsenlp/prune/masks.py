@@ -161,6 +161,7 @@ def _keys(
 ) -> Tensor:
     """A new int32 tensor of the shape of the units, in the order of their float32 scores."""
     check_aggregation(aggregation)
+    elementwise = elementwise.float()
     lowest, highest = elementwise.aminmax()
     if not (lowest > -torch.inf and highest < torch.inf):  # false for NaN too
         raise ValueError(f"masks: expected finite scores for {name}, got NaN or infinite ones")
@@ -169,14 +170,14 @@ def _keys(
     if previous is not None and name in previous:
         elementwise = elementwise.masked_fill(~previous[name], -torch.inf)
     try:
-        return _order(pattern.scores(elementwise.float(), aggregation))
+        return _order(pattern.scores(elementwise, aggregation))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def _order(values: Tensor) -> Tensor:
-    """Float32 -> int32 in the same order, -0.0 as 0.0; a new tensor."""
-    return _flip_((values + 0.0).view(torch.int32))
+    """Float32 -> int32 in the same order, -0.0 as 0.0; a new contiguous tensor."""
+    return _flip_((values.contiguous() + 0.0).view(torch.int32))
 
 
 def _flip_(bits: Tensor) -> Tensor:

@@ -222,9 +222,10 @@ class InputStatistics(Collector):
             return
         rate = self._rate(name, count)
         tokens = tokens.float()
-        for field in self.fields:
-            mean = tokens.square().mean(dim=0) if field == "input_square" else tokens.T @ tokens / count
-            self._values[f"{field}.{name}"].lerp_(mean, rate)
+        with torch.autocast(tokens.device.type, enabled=False):
+            for field in self.fields:
+                mean = tokens.square().mean(dim=0) if field == "input_square" else tokens.T @ tokens / count
+                self._values[f"{field}.{name}"].lerp_(mean, rate)
         self.seen[name] += count
 
 

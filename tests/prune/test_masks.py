@@ -135,6 +135,15 @@ def test_row_scope_goes_on_from_uneven_rows():
     assert mask.tolist() == [[False, False, True, True], [True, False, False, False]]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("make", [local_masks, row_masks, global_masks])
+def test_strides_and_dtype_of_scores_do_not_matter(make, pattern):
+    scores = {"a": torch.randperm(32 * 16, generator=torch.Generator().manual_seed(0)).view(32, 16).float()}
+    twisted = {"a": scores["a"].double().t().contiguous().t()}
+    assert not twisted["a"].is_contiguous()
+    assert torch.equal(make(twisted, pattern, 0.25)["a"], make(scores, pattern, 0.25)["a"])
+
+
 @pytest.mark.parametrize("count", [1, 7, 100, 1000, 1500])
 def test_selection_over_parts_is_that_of_one_sort(count):
     generator = torch.Generator().manual_seed(count)

@@ -159,6 +159,15 @@ def test_input_statistics_are_means_over_tokens():
     assert statistics.seen == {"0": 17, "2": 17}
 
 
+def test_input_statistics_keep_float32_under_autocast():
+    model, _ = model_and_loss()
+    statistics, x = InputStatistics({"0": model[0]}, InputStatistics.fields_offered), torch.randn(50, 8)
+    with torch.autocast("cpu", torch.bfloat16), statistics.observing():
+        model(x)
+    torch.testing.assert_close(statistics["0"].input_square, x.square().mean(0))
+    torch.testing.assert_close(statistics["0"].input_gram, x.T @ x / 50)
+
+
 def test_decaying_input_statistics_count_forward_passes():
     layer = nn.Linear(1, 1)
     statistics = InputStatistics({"": layer}, decay=0.75)
