@@ -16,7 +16,7 @@ from .statistics import (
     collector,
     fisher_from_adam,
 )
-from .targets import LayerTarget
+from .targets import LayerTarget, prune_layers_
 
 __all__ = [
     "CRITERIA",
@@ -49,6 +49,7 @@ __all__ = [
     "proximal_step_",
     "prunable",
     "prune_",
+    "prune_layers_",
     "row_masks",
     "score_layers",
     "sparsity_of",

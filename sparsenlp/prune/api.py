@@ -60,13 +60,13 @@ def prune_(
     if scope not in MASKS:
         raise ValueError(f"scope: expected one of {', '.join(MASKS)}, got {scope}")
     layers = prunable(model, filter_fn)
-    owners = _owners(model, layers)
-    previous = _present_masks(layers, pattern, owners)
+    owners = owners_of(model, layers)
+    previous = present_masks(layers, pattern, owners)
     scores = score_layers({name: layers[name] for name in dict.fromkeys(owners.values())}, criterion, statistics)
     masks = MASKS[scope](scores, pattern, sparsity, previous, aggregation or rule.aggregation)
     for name, layer in layers.items():
         mask = masks[owners[name]]
-        _set_mask(layer, mask if owners[name] == name else mask.clone(), pattern)
+        set_mask(layer, mask if owners[name] == name else mask.clone(), pattern)
     return {name: 1 - masks[owner].sum().item() / masks[owner].numel() for name, owner in owners.items()}
 
 
@@ -112,7 +112,7 @@ def _counts(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, tuple[int
     return {name: (int(weight.count_nonzero()), weight.numel()) for name, weight in weights.items()}
 
 
-def _owners(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
+def owners_of(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
     """Layer name -> the first layer that has the same Parameter, usually itself."""
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(trainable_weight(layer)), name) for name, layer in layers.items()}
@@ -127,7 +127,7 @@ def _owners(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, str]
     return owners
 
 
-def _present_masks(layers: Mapping[str, nn.Linear], pattern: Pattern, owners: Mapping[str, str]) -> dict[str, Tensor]:
+def present_masks(layers: Mapping[str, nn.Linear], pattern: Pattern, owners: Mapping[str, str]) -> dict[str, Tensor]:
     """The masks that the layers carry, by owner; checks each layer against the pattern."""
     masks: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -162,7 +162,8 @@ def _present_mask(layer: nn.Linear, pattern: Pattern) -> Tensor | None:
     return present.mask
 
 
-def _set_mask(layer: nn.Linear, mask: Tensor, pattern: Pattern) -> None:
+def set_mask(layer: nn.Linear, mask: Tensor, pattern: Pattern) -> None:
+    """Put a mask (N, K) on a layer, in the place of one that it has."""
     present = mask_of(layer)
     if present is not None:
         present.mask.copy_(mask)
