@@ -191,6 +191,13 @@ def test_prune_refuses_a_test_label_never_seen(files, tmp_path):
     assert message == 'labels: expected one of bad, good, got "ugly" in row 2'
 
 
+def test_prune_refuses_a_class_that_is_only_tested(files, tmp_path):
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\ngood1,good\n", encoding="utf-8")
+    message = failure("prune", files / "model", tmp_path / "out", "--data", train, "--test", files / "test.csv")
+    assert message == "labels: expected training texts of every class, got none of bad"
+
+
 def test_prune_refuses_outputs_that_would_destroy_something(files, tmp_path):
     data = ("--data", files / "train.csv")
     (tmp_path / "file").write_text("kept")

@@ -248,12 +248,14 @@ def _read(
 ) -> tuple[Head, TextDataset, TextDataset]:
     """(classes, training texts, test texts), both with labels that index the classes."""
     from ..classifiers import choose_head
-    from ..data import load_table
+    from ..data import check_split, load_table
 
     head = choose_head(config, load_table(data, *columns).label_names, retrain)
     texts = load_table(data, *columns, label_names=head.names)
     if test is not None:
-        return head, texts, load_table(test, *columns, label_names=head.names)
+        test_texts = load_table(test, *columns, label_names=head.names)
+        check_split(texts, test_texts)
+        return head, texts, test_texts
     train, held_out = texts.split(HELD_OUT, seed)
     note(f"no --test: {len(held_out)} of the {len(texts)} rows are held out for testing")
     return head, train, held_out

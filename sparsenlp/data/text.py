@@ -42,7 +42,8 @@ class TextDataset:
     def split(self, test_fraction: float = 0.2, seed: int = 0) -> tuple[TextDataset, TextDataset]:
         """(train, test), each class divided in the same proportion; the same seed gives the same split.
 
-        Raises ValueError for a fraction outside (0, 1) or one that leaves a side empty.
+        Raises ValueError for a fraction outside (0, 1), or one that leaves a side empty or a class
+        without a training text.
         """
         if not 0 < test_fraction < 1:
             raise ValueError(f"split: expected a test_fraction in (0, 1), got {test_fraction}")
@@ -56,13 +57,23 @@ class TextDataset:
         train = [i for i in range(len(self)) if i not in chosen]
         if not train or not test:
             raise ValueError(f"split: expected rows on both sides, got {len(train)} for training, {len(test)} for test")
-        return self.select(train), self.select(sorted(test))
+        sides = self.select(train), self.select(sorted(test))
+        check_split(*sides)
+        return sides
 
     def sample(self, count: int, seed: int = 0) -> TextDataset:
         """`count` rows drawn without replacement, in file order; all of them if there are no more."""
         if count >= len(self):
             return self
         return self.select(sorted(random.Random(seed).sample(range(len(self)), count)))
+
+
+def check_split(train: TextDataset, test: TextDataset) -> None:
+    """Raise ValueError if a class of the test texts has no training text; both must have the same label_names."""
+    missing = sorted(set(test.labels) - set(train.labels))
+    if missing:
+        names = ", ".join(train.label_names[label] for label in missing)
+        raise ValueError(f"labels: expected training texts of every class, got none of {names}")
 
 
 def load_table(

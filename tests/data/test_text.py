@@ -117,3 +117,9 @@ def test_columns_must_have_one_length():
         TextDataset(["a", "b"], [0], ["x"])
     with pytest.raises(ValueError, match="expected 1 text_pairs, got 0"):
         TextDataset(["a"], [0], ["x"], [])
+
+
+def test_a_split_that_leaves_a_class_untrained_is_refused():
+    data = TextDataset(["a", "b", "c", "d"], [0, 0, 0, 1], ["many", "one"])
+    with pytest.raises(ValueError, match="labels: expected training texts of every class, got none of one"):
+        data.split(0.6)
