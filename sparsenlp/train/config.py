@@ -49,14 +49,37 @@ class FinetuneConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoveryConfig(TrainingConfig):
-    """Gradual pruning with distillation from the dense model (see TrainingConfig for the rest).
+class PruningConfig:
+    """How sparsity rises while a model trains.
 
     pattern, sparsity, criterion, scope   as in `prune_`; the criterion by its name, and what it needs is collected
                         while training, from gradients before they are clipped or from the inputs of layers
     ramp_fraction       share of all steps in which sparsity rises (cubic); then the masks are frozen
     update_every        steps between two updates of the masks
-    statistics_decay    of the running means that "taylor", "fisher" and "wanda" use; sums do not decay
+    statistics_decay    of the running mean that "taylor" uses
+    """
+
+    pattern: Pattern = field(default=Block(8, 1))
+    sparsity: float = 0.9
+    criterion: str = "taylor"
+    scope: str = "global"
+    ramp_fraction: float = 0.6
+    update_every: int = 10
+    statistics_decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.pattern, self.sparsity)
+        _require("criterion", self.criterion in CRITERIA, f"one of {', '.join(CRITERIA)}", self.criterion)
+        _require("scope", self.scope in SCOPES, f"one of {', '.join(SCOPES)}", self.scope)
+        _require("ramp_fraction", 0 <= self.ramp_fraction <= 1, "a fraction in [0, 1]", self.ramp_fraction)
+        _require("update_every", self.update_every >= 1, "at least 1", self.update_every)
+        _require("statistics_decay", 0 <= self.statistics_decay < 1, "a number in [0, 1)", self.statistics_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig(PruningConfig, TrainingConfig):
+    """Gradual pruning with distillation from the dense model (see PruningConfig and TrainingConfig for the rest).
+
     label_weight        of the cross-entropy with the labels
     distill_weight      of KL(teacher || student) of the logits
     temperature         that the logits are divided by in that KL
@@ -68,13 +91,6 @@ class RecoveryConfig(TrainingConfig):
     The defaults recovered MiniLM-L6 best among those tried; 3 epochs of 7,000 sentences.
     """
 
-    pattern: Pattern = field(default=Block(8, 1))
-    sparsity: float = 0.9
-    criterion: str = "taylor"
-    scope: str = "global"
-    ramp_fraction: float = 0.6
-    update_every: int = 10
-    statistics_decay: float = 0.95
     label_weight: float = 0.3
     distill_weight: float = 4.0
     temperature: float = 2.0
@@ -85,13 +101,8 @@ class RecoveryConfig(TrainingConfig):
     dropout: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sparsity(self.pattern, self.sparsity)
-        _require("criterion", self.criterion in CRITERIA, f"one of {', '.join(CRITERIA)}", self.criterion)
-        _require("scope", self.scope in SCOPES, f"one of {', '.join(SCOPES)}", self.scope)
-        _require("ramp_fraction", 0 <= self.ramp_fraction <= 1, "a fraction in [0, 1]", self.ramp_fraction)
-        _require("update_every", self.update_every >= 1, "at least 1", self.update_every)
-        _require("statistics_decay", 0 <= self.statistics_decay < 1, "a number in [0, 1)", self.statistics_decay)
+        TrainingConfig.__post_init__(self)
+        PruningConfig.__post_init__(self)
         _require("temperature", self.temperature > 0, "a positive number", self.temperature)
         weights = (self.label_weight, self.distill_weight, self.hidden_weight)
         _require("loss weights", min(weights) >= 0 and max(weights) > 0, "none negative and one positive", weights)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset
-from ..prune import CRITERIA, collector, cubic_sparsity, prune_, sparsity_of
 from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
 from .finetune import open_state
 from .forward import check_classes, device_of, forward
+from .gradual import GradualPruner
 from .loop import OnStep, TrainingLog, run, total_steps
 
 
@@ -51,8 +51,8 @@ def recover(
     state_file = open_state(state_path, save_every, (config, tuple(layers)), data, model)
     if isinstance(teacher, nn.Module):
         teacher = make_teacher(teacher, data, config.hidden_weight > 0, config.cache_gib, config.bf16, quiet)
-    prune_(model, config.pattern, 0.0, filter_fn=filter_fn)
-    task = _RecoveryTask(model, teacher, data, config, layers, filter_fn)
+    pruner = GradualPruner(model, config, total_steps(data, config), filter_fn)
+    task = _RecoveryTask(model, teacher, data, config, pruner)
     return run(model, data, task, config, state_file, quiet, on_step)
 
 
@@ -85,24 +85,12 @@ class _RecoveryTask:
         teacher: Teacher,
         data: TokenizedDataset,
         config: RecoveryConfig,
-        layers: dict[str, nn.Linear],
-        filter_fn: FilterFn | None,
+        pruner: GradualPruner,
     ) -> None:
-        self.model, self.teacher, self.data, self.config = model, teacher, data, config
-        self.filter_fn = filter_fn
-        self.ramp_end = max(int(config.ramp_fraction * total_steps(data, config)), 1)
-        self.sparsity = 0.0
-        self.statistics = collector(layers, CRITERIA[config.criterion].needs, config.statistics_decay)
+        self.model, self.teacher, self.data, self.config, self.pruner = model, teacher, data, config, pruner
 
     def before_step(self, step: int) -> None:
-        """Tighten the masks every `update_every` steps of the ramp, and at its end."""
-        config = self.config
-        due = 0 < step <= self.ramp_end and (step % config.update_every == 0 or step == self.ramp_end)
-        if not due:
-            return
-        target = cubic_sparsity(step, 0, self.ramp_end, config.sparsity)
-        prune_(self.model, config.pattern, target, config.criterion, config.scope, self.filter_fn, self.statistics)
-        self.sparsity = sparsity_of(self.model, self.filter_fn)
+        self.pruner.before_step(step)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         config = self.config
@@ -120,16 +108,13 @@ class _RecoveryTask:
         return loss
 
     def after_backward(self, step: int) -> None:
-        if self.statistics is not None and step < self.ramp_end:
-            self.statistics.update()
+        self.pruner.after_backward(step)
 
     def note(self) -> str:
-        return f"sparsity {self.sparsity:.1%}"
+        return f"sparsity {self.pruner.sparsity:.1%}"
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.statistics.state_dict() if self.statistics is not None else {}
+        return self.pruner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if self.statistics is not None:
-            self.statistics.load_state_dict(state)
-        self.sparsity = sparsity_of(self.model, self.filter_fn)
+        self.pruner.load_state_dict(state)

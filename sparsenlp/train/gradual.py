@@ -1,0 +1,70 @@
+"""Masks that tighten while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..prune import CRITERIA, GradientStatistics, cubic_sparsity, masked_layers, prune_, sparsity_of
+from ..prune.layers import FilterFn, mask_of, prunable
+from .config import PruningConfig
+
+
+class GradualPruner:
+    """Raises the sparsity of a model to config.sparsity within the first steps of a training run.
+
+    model      gets masks without zeros here, where it has none
+    steps      optimizer steps of the whole run
+    filter_fn  which layers are pruned, as in `prune_`
+
+    Call `before_step` before each forward pass and `after_backward` once the gradients of all
+    examples of the step are there. Raises as `prune_`.
+    """
+
+    def __init__(self, model: nn.Module, config: PruningConfig, steps: int, filter_fn: FilterFn | None = None) -> None:
+        self.model, self.config, self.filter_fn = model, config, filter_fn
+        self.ramp_end = max(int(config.ramp_fraction * steps), 1)
+        prune_(model, config.pattern, 0.0, filter_fn=filter_fn)
+        self.sparsity = 0.0
+        wanted = CRITERIA[config.criterion].needs_statistics
+        layers = prunable(model, filter_fn)
+        self.statistics = GradientStatistics(layers, config.statistics_decay) if wanted else None
+        self._before: dict[str, Tensor] = {}
+
+    def before_step(self, step: int) -> None:
+        """Tighten the masks every `update_every` steps of the ramp, and at its end; `step` counts from 0."""
+        config = self.config
+        self._before = {}
+        due = 0 < step <= self.ramp_end and (step % config.update_every == 0 or step == self.ramp_end)
+        if not due:
+            return
+        self._before = {name: mask.clone() for name, mask in _masks(self.model).items()}
+        target = cubic_sparsity(step, 0, self.ramp_end, config.sparsity)
+        prune_(self.model, config.pattern, target, config.criterion, config.scope, self.filter_fn, self.statistics)
+        self.sparsity = sparsity_of(self.model, self.filter_fn)
+
+    def undo_step(self) -> None:
+        """Put back the masks that the last `before_step` tightened."""
+        for name, mask in _masks(self.model).items():
+            if name in self._before:
+                mask.copy_(self._before[name])
+        self.sparsity = sparsity_of(self.model, self.filter_fn)
+
+    def after_backward(self, step: int) -> None:
+        if self.statistics is not None and step < self.ramp_end:
+            self.statistics.update()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The statistics; the masks are part of the model."""
+        return self.statistics.state_dict() if self.statistics is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.statistics is not None:
+            self.statistics.load_state_dict(state)
+        self.sparsity = sparsity_of(self.model, self.filter_fn)
+
+
+def _masks(model: nn.Module) -> dict[str, Tensor]:
+    masks = {name: mask_of(layer) for name, layer in masked_layers(model).items()}
+    return {name: mask.mask for name, mask in masks.items() if mask is not None}
