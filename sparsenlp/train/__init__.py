@@ -1,6 +1,6 @@
 """Training: fine-tuning, recovery with gradual pruning and distillation, evaluation."""
 
-from .config import FinetuneConfig, RecoveryConfig
+from .config import FinetuneConfig, PruningConfig, RecoveryConfig
 from .distill import CachedTeacher
 from .evaluate import accuracy, agreement, cosine_similarity, kl_divergence, predict
 from .finetune import finetune
@@ -10,6 +10,7 @@ from .recover import recover
 __all__ = [
     "CachedTeacher",
     "FinetuneConfig",
+    "PruningConfig",
     "RecoveryConfig",
     "StepInfo",
     "TrainingLog",

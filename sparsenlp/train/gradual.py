@@ -19,12 +19,14 @@ class GradualPruner:
     filter_fn  which layers are pruned, as in `prune_`
 
     Call `before_step` before each forward pass and `after_backward` once the gradients of all
-    examples of the step are there. Raises as `prune_`.
+    examples of the step are there. Raises as `prune_`, and ValueError for fewer than two steps.
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, steps: int, filter_fn: FilterFn | None = None) -> None:
         self.model, self.config, self.filter_fn = model, config, filter_fn
-        self.ramp_end = max(int(config.ramp_fraction * steps), 1)
+        if steps < 2:
+            raise ValueError(f"gradual pruning: expected at least 2 training steps, got {steps}")
+        self.ramp_end = max(min(int(config.ramp_fraction * steps), steps - 1), 1)
         prune_(model, config.pattern, 0.0, filter_fn=filter_fn)
         self.sparsity = 0.0
         wanted = CRITERIA[config.criterion].needs_statistics
