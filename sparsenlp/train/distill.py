@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset, sorted_batches
+from .distributed import ALONE, Processes, current_processes
 from .forward import evaluating, forward
 from .progress import progress_bar
 
@@ -39,6 +40,8 @@ class LiveTeacher:
 class CachedTeacher:
     """The dense model's outputs over a data set, computed once; hidden states are kept in bfloat16.
 
+    In a process group all processes create it, each computes a share, and all get the whole.
+
     logits       (examples, classes) float32
     hidden       one (tokens, H) bfloat16 per layer, the examples one after another without padding
     fingerprint  of the data set
@@ -53,10 +56,11 @@ class CachedTeacher:
         tokens = int(self.lengths.sum())
         live = LiveTeacher(model, data, hidden, bf16)
         logits, states = live.outputs([0])
-        self.logits = logits.new_empty(len(data), logits.shape[-1])
-        self.hidden = [s.new_empty(tokens, s.shape[-1], dtype=torch.bfloat16) for s in states]
-        batches = sorted_batches(data.lengths, batch_size=64)
-        with progress_bar("Teacher", len(batches), quiet=quiet) as advance:
+        self.logits = logits.new_zeros(len(data), logits.shape[-1])
+        self.hidden = [s.new_zeros(tokens, s.shape[-1], dtype=torch.bfloat16) for s in states]
+        processes = current_processes()
+        batches = sorted_batches(data.lengths, batch_size=64)[processes.rank :: processes.count]
+        with progress_bar("Teacher", len(batches), quiet=quiet or processes.rank > 0) as advance:
             for indices in batches:
                 logits, states = live.outputs(indices)
                 self.logits[indices] = logits
@@ -64,6 +68,7 @@ class CachedTeacher:
                 for cache, state in zip(self.hidden, states, strict=True):
                     cache[rows[inside]] = state[inside].to(torch.bfloat16)
                 advance("")
+        processes.sum_([self.logits, *self.hidden])
 
     def outputs(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """As Teacher.outputs; padding positions hold another token's state."""
@@ -101,11 +106,14 @@ def soft_target_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Ten
     )
 
 
-def hidden_state_loss(states: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+def hidden_state_loss(
+    states: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor, processes: Processes = ALONE
+) -> Tensor:
     """Squared error over the teacher's square, per layer, averaged over layers; padding left out.
 
     states, teacher   one (B, L, H) per layer
     attention_mask    (B, L), 0 at padding
+    processes         that have a part of the batch each
 
     Dividing per layer keeps one with large activations from drowning the others (as in Jiao et al.
     2020, arXiv:1909.10351, where layers are matched one by one). Raises ValueError if shapes differ.
@@ -114,8 +122,9 @@ def hidden_state_loss(states: Sequence[Tensor], teacher: Sequence[Tensor], atten
     if shapes[0] != shapes[1]:
         raise ValueError(f"hidden_state_loss: expected states like the teacher's {shapes[1]}, got {shapes[0]}")
     weight = attention_mask[..., None].float()
-    errors = []
+    errors, squares = [], []
     for state, target in zip(states, teacher, strict=True):
         target = target.float()
-        errors.append(((state.float() - target).square() * weight).sum() / (target.square() * weight).sum())
-    return torch.stack(errors).mean()
+        errors.append(((state.float() - target).square() * weight).sum())
+        squares.append((target.square() * weight).sum())
+    return (torch.stack(errors) / processes.normalizer(torch.stack(squares), len(attention_mask))).mean()

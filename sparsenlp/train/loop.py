@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import TokenizedDataset, shuffled_batches
 from .config import TrainingConfig
+from .distributed import Processes, current_processes
 from .forward import device_of, frozen_embeddings, mode, plain_attention
 from .interrupt import InterruptRequest
 from .progress import progress_bar
@@ -71,10 +72,10 @@ class Task(Protocol):
         """Called before the forward pass of `step`, counted from 0."""
 
     def loss(self, indices: Sequence[int]) -> Tensor:
-        """The loss of a batch of examples, 0-d."""
+        """The mean loss of these examples, 0-d; of several processes each is asked about a part of the batch."""
 
     def after_backward(self, step: int) -> None:
-        """Called when gradients are there, before they are clipped."""
+        """Called when the gradients of the whole batch are there, before they are clipped."""
 
     def note(self) -> str:
         """A few words for the progress bar."""
@@ -112,9 +113,14 @@ def run(
     parameters, masks, optimizer, statistics and random state come from the file. torch's global
     random state is left as it was.
 
+    In a process group (torchrun) all processes call this alike. Each trains on a part of every batch,
+    gradients are averaged, and all end with the same model, that of one process up to rounding and
+    dropout. The first one writes the state, which all must be able to read.
+
     Raises FloatingPointError for a loss that is not finite, before that step changes anything, and
     KeyboardInterrupt on Ctrl-C, once the step under way is done and the state written.
     """
+    processes = current_processes()
     total = total_steps(data, config)
     started = time.perf_counter()
     with _training(model, config), InterruptRequest() as interrupt:
@@ -122,14 +128,20 @@ def run(
         optimizer = torch.optim.AdamW(parameters, config.learning_rate, config.betas, weight_decay=0.0, fused=True)
         losses = _restore(state_file, model, optimizer, task)
         first = len(losses)
-        with progress_bar(task.name.capitalize(), total, first, quiet) as advance:
+        if not processes.same(first):
+            raise ValueError(
+                f"training state: expected the same step in all processes, got {first} in {processes.rank}"
+            )
+        processes.copy_from_first(model)
+        with progress_bar(task.name.capitalize(), total, first, quiet or processes.rank > 0) as advance:
             for step, indices in _batches(data, config, first):
-                losses.append(_step(step, indices, task, optimizer, parameters, config, total))
+                losses.append(_step(step, indices, task, optimizer, parameters, config, total, processes))
                 advance(f"loss {losses[-1]:.3f}  {task.note()}")
                 if on_step is not None:
                     on_step(StepInfo(step + 1, total, losses[-1], task.note()))
-                stop = interrupt.pending
-                if state_file is not None and (stop or (step + 1) % state_file.every == 0 or step + 1 == total):
+                stop = processes.any(interrupt.pending)
+                due = stop or step + 1 == total or (state_file is not None and (step + 1) % state_file.every == 0)
+                if state_file is not None and due and processes.rank == 0:
                     _save(state_file, model, optimizer, task, losses)
                 if stop:
                     raise KeyboardInterrupt(_stopped(task, step + 1, total, state_file))
@@ -150,14 +162,17 @@ def _step(
     parameters: Sequence[nn.Parameter],
     config: TrainingConfig,
     total: int,
+    processes: Processes,
 ) -> float:
     """One optimizer step; returns the loss."""
+    processes.seed(config.seed, step)
     task.before_step(step)
-    loss = task.loss(indices)
-    value = loss.item()
+    loss = task.loss(processes.shard(indices)) * processes.weight(indices)
+    value = processes.total(loss.item())
     if not math.isfinite(value):
         raise FloatingPointError(f"{task.name}: expected a finite loss, got {value} at step {step + 1} of {total}")
     loss.backward()
+    processes.sum_(p.grad for p in parameters if p.grad is not None)
     task.after_backward(step)
     nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
     for group in optimizer.param_groups:

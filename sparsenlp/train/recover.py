@@ -14,6 +14,7 @@ from ..data import TokenizedDataset
 from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
+from .distributed import current_processes
 from .finetune import open_state
 from .forward import check_classes, device_of, forward
 from .gradual import GradualPruner
@@ -88,6 +89,7 @@ class _RecoveryTask:
         pruner: GradualPruner,
     ) -> None:
         self.model, self.teacher, self.data, self.config, self.pruner = model, teacher, data, config, pruner
+        self.processes = current_processes()
 
     def before_step(self, step: int) -> None:
         self.pruner.before_step(step)
@@ -104,7 +106,9 @@ class _RecoveryTask:
         if config.hidden_weight > 0:
             targets = [state.to(device) for state in teacher_states]
             mask = inputs["attention_mask"].to(device)
-            loss = loss + config.hidden_weight * hidden_state_loss(output.hidden_states[1:], targets, mask)
+            loss = loss + config.hidden_weight * hidden_state_loss(
+                output.hidden_states[1:], targets, mask, self.processes
+            )
         return loss
 
     def after_backward(self, step: int) -> None:
