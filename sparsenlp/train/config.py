@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..prune import CRITERIA, Block, Pattern
 from ..prune.masks import SCOPES, check_sparsity
+from .relations import RELATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,9 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
     temperature         that the logits are divided by in that KL
     hidden_weight       of the mean squared error of hidden states, relative to the teacher's mean
                         square, averaged over layers; 0 for models whose layers do not correspond
+    relation_weight     of the KL of how tokens relate in the last self-attention (see `relation_loss`)
+    relations           which: "attention", "queries", "keys", "values"
+    relation_heads      relations per token and kind; None for the student's attention heads
     cache_gib           the teacher's outputs are computed once if they fit in this much memory, else
                         in every step
 
@@ -95,6 +99,9 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
     distill_weight: float = 4.0
     temperature: float = 2.0
     hidden_weight: float = 1.0
+    relation_weight: float = 0.0
+    relations: tuple[str, ...] = ("attention", "values")
+    relation_heads: int | None = None
     cache_gib: float = 2.0
     learning_rate: float = 3e-4
     freeze_embeddings: bool = True
@@ -104,7 +111,11 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
         TrainingConfig.__post_init__(self)
         PruningConfig.__post_init__(self)
         _require("temperature", self.temperature > 0, "a positive number", self.temperature)
-        weights = (self.label_weight, self.distill_weight, self.hidden_weight)
+        known = len(self.relations) > 0 and set(self.relations) <= set(RELATIONS)
+        _require("relations", known, f"some of {', '.join(RELATIONS)}", ", ".join(self.relations) or "none")
+        heads = self.relation_heads
+        _require("relation_heads", heads is None or heads >= 1, "at least 1", heads)
+        weights = (self.label_weight, self.distill_weight, self.hidden_weight, self.relation_weight)
         _require("loss weights", min(weights) >= 0 and max(weights) > 0, "none negative and one positive", weights)
 
 

@@ -13,6 +13,7 @@ from ..data import TokenizedDataset, sorted_batches
 from .distributed import ALONE, Processes, current_processes
 from .forward import evaluating, forward
 from .progress import progress_bar
+from .relations import last_projections, recorded
 
 GIB = 2**30
 
@@ -21,43 +22,59 @@ class Teacher(Protocol):
     """Source of the dense model's outputs for examples of one data set."""
 
     def outputs(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, classes) and the hidden states (B, L, H) of each layer, embeddings left out."""
+        """Logits (B, classes), and states (B, L, H).
+
+        The states are, where wanted, the hidden states of each layer, embeddings left out, and then
+        the queries, keys and values of the last layer.
+        """
 
 
 class LiveTeacher:
     """Runs the dense model for each batch."""
 
-    def __init__(self, model: nn.Module, data: TokenizedDataset, hidden: bool, bf16: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, data: TokenizedDataset, hidden: bool, bf16: bool = True, relations: bool = False
+    ) -> None:
         self.model, self.data, self.hidden, self.bf16 = model, data, hidden, bf16
+        self.projections = last_projections(model) if relations else []
 
     @torch.no_grad()
     def outputs(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        with evaluating(self.model):
+        with evaluating(self.model), recorded(self.projections) as projected:
             output = forward(self.model, self.data.batch(indices), self.hidden, self.bf16)
-        return output.logits.float(), list(output.hidden_states[1:]) if self.hidden else []
+        return output.logits.float(), [*(output.hidden_states[1:] if self.hidden else ()), *projected]
 
 
 class CachedTeacher:
-    """The dense model's outputs over a data set, computed once; hidden states are kept in bfloat16.
+    """The dense model's outputs over a data set, computed once; states are kept in bfloat16.
 
     In a process group all processes create it, each computes a share, and all get the whole.
 
     logits       (examples, classes) float32
-    hidden       one (tokens, H) bfloat16 per layer, the examples one after another without padding
+    states       (tokens, H) bfloat16 each, as Teacher.outputs gives them, the examples one after another
+                 without padding
     fingerprint  of the data set
+    relations    whether the last three states are queries, keys and values
     """
 
     def __init__(
-        self, model: nn.Module, data: TokenizedDataset, hidden: bool = True, bf16: bool = True, quiet: bool = False
+        self,
+        model: nn.Module,
+        data: TokenizedDataset,
+        hidden: bool = True,
+        bf16: bool = True,
+        quiet: bool = False,
+        relations: bool = False,
     ) -> None:
         self.fingerprint = data.fingerprint()
+        self.relations = relations
         self.lengths = torch.tensor(data.lengths)
         self.offsets = self.lengths.cumsum(0) - self.lengths
         tokens = int(self.lengths.sum())
-        live = LiveTeacher(model, data, hidden, bf16)
+        live = LiveTeacher(model, data, hidden, bf16, relations)
         logits, states = live.outputs([0])
         self.logits = logits.new_zeros(len(data), logits.shape[-1])
-        self.hidden = [s.new_zeros(tokens, s.shape[-1], dtype=torch.bfloat16) for s in states]
+        self.states = [s.new_zeros(tokens, s.shape[-1], dtype=torch.bfloat16) for s in states]
         processes = current_processes()
         batches = sorted_batches(data.lengths, batch_size=64)[processes.rank :: processes.count]
         with progress_bar("Teacher", len(batches), quiet=quiet or processes.rank > 0) as advance:
@@ -65,20 +82,20 @@ class CachedTeacher:
                 logits, states = live.outputs(indices)
                 self.logits[indices] = logits
                 rows, inside = self._rows(indices)
-                for cache, state in zip(self.hidden, states, strict=True):
+                for cache, state in zip(self.states, states, strict=True):
                     cache[rows[inside]] = state[inside].to(torch.bfloat16)
                 advance("")
-        processes.sum_([self.logits, *self.hidden])
+        processes.sum_([self.logits, *self.states])
 
     def outputs(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """As Teacher.outputs; padding positions hold another token's state."""
         rows, _ = self._rows(indices)
         return self.logits[list(indices)], [
-            cache.index_select(0, rows.flatten().to(cache.device)).unflatten(0, rows.shape) for cache in self.hidden
+            cache.index_select(0, rows.flatten().to(cache.device)).unflatten(0, rows.shape) for cache in self.states
         ]
 
     def _rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Row of `hidden` for each position of a padded batch (B, L), and which positions are no padding."""
+        """Row of `states` for each position of a padded batch (B, L), and which positions are no padding."""
         chosen = torch.tensor(list(indices))
         lengths = self.lengths[chosen][:, None]
         position = torch.arange(int(lengths.max()))
@@ -86,14 +103,21 @@ class CachedTeacher:
 
 
 def make_teacher(
-    model: nn.Module, data: TokenizedDataset, hidden: bool, cache_gib: float, bf16: bool = True, quiet: bool = False
+    model: nn.Module,
+    data: TokenizedDataset,
+    hidden: bool,
+    cache_gib: float,
+    bf16: bool = True,
+    quiet: bool = False,
+    relations: bool = False,
 ) -> Teacher:
-    """A CachedTeacher if its hidden states fit in `cache_gib` GiB, else a LiveTeacher."""
-    _, states = LiveTeacher(model, data, hidden, bf16).outputs([0])
+    """A CachedTeacher if its states fit in `cache_gib` GiB, else a LiveTeacher."""
+    live = LiveTeacher(model, data, hidden, bf16, relations)
+    _, states = live.outputs([0])
     needed = sum(data.lengths) * sum(state.shape[-1] for state in states) * torch.bfloat16.itemsize
     if needed > cache_gib * GIB:
-        return LiveTeacher(model, data, hidden, bf16)
-    return CachedTeacher(model, data, hidden, bf16, quiet)
+        return live
+    return CachedTeacher(model, data, hidden, bf16, quiet, relations)
 
 
 def soft_target_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -14,11 +14,12 @@ from ..data import TokenizedDataset
 from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
-from .distributed import current_processes
+from .distributed import ALONE, current_processes
 from .finetune import open_state
 from .forward import check_classes, device_of, forward
 from .gradual import GradualPruner
 from .loop import OnStep, TrainingLog, run, total_steps
+from .relations import last_projections, recorded, relation_loss
 
 
 def recover(
@@ -42,7 +43,7 @@ def recover(
     state_path, save_every, on_step   as in `finetune`
 
     Raises ValueError, with the model untouched, for what `prune_` and `finetune` refuse and for a
-    teacher whose logits or hidden states have other shapes; FloatingPointError and
+    teacher whose outputs cannot be compared with the model's; FloatingPointError and
     KeyboardInterrupt as `loop.run` says; OSError if the state cannot be written.
     """
     config = config or RecoveryConfig()
@@ -51,7 +52,8 @@ def recover(
     _check_teacher(model, teacher, data, config)
     state_file = open_state(state_path, save_every, (config, tuple(layers)), data, model)
     if isinstance(teacher, nn.Module):
-        teacher = make_teacher(teacher, data, config.hidden_weight > 0, config.cache_gib, config.bf16, quiet)
+        hidden, relations = config.hidden_weight > 0, config.relation_weight > 0
+        teacher = make_teacher(teacher, data, hidden, config.cache_gib, config.bf16, quiet, relations)
     pruner = GradualPruner(model, config, total_steps(data, config), filter_fn)
     task = _RecoveryTask(model, teacher, data, config, pruner)
     return run(model, data, task, config, state_file, quiet, on_step)
@@ -61,18 +63,37 @@ def recover(
 def _check_teacher(
     model: nn.Module, teacher: nn.Module | Teacher, data: TokenizedDataset, config: RecoveryConfig
 ) -> None:
-    """Raise ValueError unless both models' outputs for one example have the same shapes."""
-    if isinstance(teacher, CachedTeacher) and teacher.fingerprint != data.fingerprint():
-        raise ValueError("teacher: expected outputs cached over the same data, got those of another data set")
-    hidden = config.hidden_weight > 0
-    source = LiveTeacher(teacher, data, hidden, config.bf16) if isinstance(teacher, nn.Module) else teacher
-    student = LiveTeacher(model, data, hidden, config.bf16)
-    shapes = []
-    for outputs in (student.outputs([0]), source.outputs([0])):
-        logits, states = outputs
-        shapes.append([tuple(logits.shape)] + [tuple(state.shape) for state in states if hidden])
+    """Raise ValueError unless both models' outputs for one example can be compared."""
+    hidden, relations = config.hidden_weight > 0, config.relation_weight > 0
+    if isinstance(teacher, CachedTeacher):
+        if teacher.fingerprint != data.fingerprint():
+            raise ValueError("teacher: expected outputs cached over the same data, got those of another data set")
+        if relations and not teacher.relations:
+            raise ValueError(
+                "teacher: expected outputs cached with relations=True, got none of queries, keys and values"
+            )
+    if isinstance(teacher, nn.Module):
+        teacher = LiveTeacher(teacher, data, hidden, config.bf16, relations)
+    student = LiveTeacher(model, data, hidden, config.bf16, relations)
+    shapes, projections = [], []
+    for logits, states in (student.outputs([0]), teacher.outputs([0])):
+        compared, projected = _divide(states, relations)
+        shapes.append([tuple(logits.shape)] + [tuple(state.shape) for state in compared if hidden])
+        projections.append(projected)
     if shapes[0] != shapes[1]:
         raise ValueError(f"teacher: expected logits and hidden states of shapes {shapes[0]}, got {shapes[1]}")
+    if relations:
+        mask = torch.ones(projections[0][0].shape[:2], device=device_of(model))
+        relation_loss(projections[0], projections[1], mask, config.relations, _relation_heads(model, config), ALONE)
+
+
+def _divide(states: Sequence[Tensor], relations: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """A teacher's states as (hidden states, projections)."""
+    return (states[:-3], states[-3:]) if relations else (states, [])
+
+
+def _relation_heads(model: nn.Module, config: RecoveryConfig) -> int:
+    return config.relation_heads or model.config.num_attention_heads  # type: ignore[union-attr, return-value]
 
 
 class _RecoveryTask:
@@ -90,6 +111,7 @@ class _RecoveryTask:
     ) -> None:
         self.model, self.teacher, self.data, self.config, self.pruner = model, teacher, data, config, pruner
         self.processes = current_processes()
+        self.projections = last_projections(model) if config.relation_weight > 0 else []
 
     def before_step(self, step: int) -> None:
         self.pruner.before_step(step)
@@ -97,18 +119,21 @@ class _RecoveryTask:
     def loss(self, indices: Sequence[int]) -> Tensor:
         config = self.config
         inputs = self.data.batch(indices)
-        with self.statistics.observing(inputs["attention_mask"]) if self.statistics is not None else nullcontext():
+        with recorded(self.projections) as projected:
             output = forward(self.model, inputs, config.hidden_weight > 0, config.bf16)
         logits, device = output.logits.float(), device_of(self.model)
-        teacher_logits, teacher_states = self.teacher.outputs(indices)
+        teacher_logits, states = self.teacher.outputs(indices)
+        mask = inputs["attention_mask"].to(device)
+        hidden, projections = _divide([state.to(device) for state in states], bool(self.projections))
         loss = config.label_weight * F.cross_entropy(logits, self.data.labels[list(indices)].to(device))
         loss = loss + config.distill_weight * soft_target_loss(logits, teacher_logits.to(device), config.temperature)
         if config.hidden_weight > 0:
-            targets = [state.to(device) for state in teacher_states]
-            mask = inputs["attention_mask"].to(device)
-            loss = loss + config.hidden_weight * hidden_state_loss(
-                output.hidden_states[1:], targets, mask, self.processes
-            )
+            error = hidden_state_loss(output.hidden_states[1:], hidden, mask, self.processes)
+            loss = loss + config.hidden_weight * error
+        if config.relation_weight > 0:
+            heads = _relation_heads(self.model, config)
+            divergence = relation_loss(projected, projections, mask, config.relations, heads, self.processes)
+            loss = loss + config.relation_weight * divergence
         return loss
 
     def after_backward(self, step: int) -> None:

@@ -11,6 +11,7 @@ from sparsenlp.train import FinetuneConfig, RecoveryConfig, finetune, recover
 from sparsenlp.train.distributed import Processes, current_processes
 
 RECOVERY = RecoveryConfig(epochs=2, batch_size=8, update_every=2, learning_rate=1e-3, sparsity=0.75, bf16=False)
+LIVE = RecoveryConfig(**vars(RECOVERY) | {"cache_gib": 0.0, "relation_weight": 1.0})
 FINETUNING = FinetuneConfig(epochs=2, batch_size=8, dropout=False, bf16=False)
 WITH_DROPOUT = FinetuneConfig(epochs=2, batch_size=8, bf16=False)
 
@@ -38,7 +39,7 @@ def results(dense, data, tmp_path_factory):
     state = {"state_path": directory / "state.safetensors", "save_every": 5}
     jobs = {
         "recover": job(RECOVERY, data, spoil=True),
-        "recover live": job(RecoveryConfig(**vars(RECOVERY) | {"cache_gib": 0.0}), data),
+        "recover live": job(LIVE, data),
         "finetune": job(FINETUNING, data),
         "dropout": job(WITH_DROPOUT, data),
         "killed": job(WITH_DROPOUT, data, **state, stop=13),
@@ -68,11 +69,10 @@ def test_both_processes_end_with_the_same_model(results, name):
         assert torch.equal(tensor, second["state"][key]), key
 
 
-@pytest.mark.parametrize("name", ["recover", "recover live"])
-def test_two_processes_prune_as_one(results, dense, data, name):
-    model, gib = copy.deepcopy(dense), 0.0 if name.endswith("live") else 2.0
-    log = recover(model, dense, data, RecoveryConfig(**vars(RECOVERY) | {"cache_gib": gib}))
-    assert_close(results[0][name], model, log)
+@pytest.mark.parametrize(("name", "config"), [("recover", RECOVERY), ("recover live", LIVE)])
+def test_two_processes_prune_as_one(results, dense, data, name, config):
+    model = copy.deepcopy(dense)
+    assert_close(results[0][name], model, recover(model, dense, data, config))
 
 
 def test_two_processes_finetune_as_one(results, dense, data):
