@@ -23,6 +23,8 @@ class TrainingConfig:
     dropout            train with the model's dropout; without it the model runs in eval mode
     bf16               autocast to bfloat16; parameters stay in their own dtype
     seed               of the batches and of dropout
+    evaluate_every     steps between evaluations where there are validation texts
+    patience           evaluations without a better one after which training stops; None: never
     """
 
     epochs: int = 3
@@ -35,12 +37,15 @@ class TrainingConfig:
     dropout: bool = True
     bf16: bool = True
     seed: int = 0
+    evaluate_every: int = 50
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "evaluate_every"):
             _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for name in ("learning_rate", "max_gradient_norm"):
             _require(name, getattr(self, name) > 0, "a positive number", getattr(self, name))
+        _require("patience", self.patience is None or self.patience >= 1, "at least 1", self.patience)
         _require("warmup_fraction", 0 <= self.warmup_fraction < 1, "a fraction in [0, 1)", self.warmup_fraction)
 
 
@@ -81,6 +86,8 @@ class PruningConfig:
 class RecoveryConfig(PruningConfig, TrainingConfig):
     """Gradual pruning with distillation from the dense model (see PruningConfig and TrainingConfig for the rest).
 
+    rewind              run the learning-rate schedule once over the ramp and again after it (Renda et al.
+                        2020, arXiv:2003.02389), not once over all steps
     label_weight        of the cross-entropy with the labels
     distill_weight      of KL(teacher || student) of the logits
     temperature         that the logits are divided by in that KL
@@ -95,6 +102,7 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
     The defaults recovered MiniLM-L6 best among those tried; 3 epochs of 7,000 sentences.
     """
 
+    rewind: bool = False
     label_weight: float = 0.3
     distill_weight: float = 4.0
     temperature: float = 2.0

@@ -23,12 +23,15 @@ def finetune(
     save_every: int = 200,
     quiet: bool = False,
     on_step: OnStep | None = None,
+    validation: TokenizedDataset | None = None,
 ) -> TrainingLog:
     """Train a transformers sequence classifier on labels, in place.
 
     state_path  file to resume from if it exists; written every `save_every` steps, at the end and on
                 Ctrl-C. The caller deletes it when the result is safe.
     on_step     called after each step
+    validation  other texts: the model is evaluated on them every config.evaluate_every steps, ends as the
+                best that it was, and stops early if config.patience says so
 
     Raises ValueError, with the model untouched, for labels beyond the model's classes or a state
     file of another run; FloatingPointError and KeyboardInterrupt as `loop.run` says; OSError if the
@@ -36,19 +39,31 @@ def finetune(
     """
     config = config or FinetuneConfig()
     check_classes(model, data)
-    state_file = open_state(state_path, save_every, config, data, model)
-    return run(model, data, _LabelTask(model, data, config), config, state_file, quiet, on_step)
+    check_validation(model, validation)
+    state_file = open_state(state_path, save_every, config, data, model, validation)
+    return run(model, data, _LabelTask(model, data, config), config, state_file, quiet, on_step, validation)
+
+
+def check_validation(model: nn.Module, validation: TokenizedDataset | None) -> None:
+    """Raise ValueError for validation labels beyond the model's classes."""
+    if validation is not None:
+        check_classes(model, validation)
 
 
 def open_state(
-    path: str | Path | None, every: int, config: object, data: TokenizedDataset, model: nn.Module
+    path: str | Path | None,
+    every: int,
+    config: object,
+    data: TokenizedDataset,
+    model: nn.Module,
+    validation: TokenizedDataset | None,
 ) -> StateFile | None:
     """The state file of a run, checked if it exists; None without a path. Raises ValueError as `read_state`."""
     if path is None:
         return None
     if every < 1:
         raise ValueError(f"save_every: expected at least 1, got {every}")
-    identity = identity_of(config, data, model)
+    identity = identity_of((config, validation and validation.fingerprint()), data, model)
     check_state(Path(path), identity)
     return StateFile(Path(path), identity, every)
 
@@ -57,11 +72,15 @@ class _LabelTask:
     """Cross-entropy with the labels; no state of its own."""
 
     name = "finetune"
+    restart = settled = 0
 
     def __init__(self, model: nn.Module, data: TokenizedDataset, config: FinetuneConfig) -> None:
         self.model, self.data, self.config = model, data, config
 
     def before_step(self, step: int) -> None:
+        pass
+
+    def undo_step(self) -> None:
         pass
 
     def loss(self, indices: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -30,8 +30,10 @@ from .state import (
     restore_random,
     write_state,
 )
+from .validation import Evaluation, Validation
 
 _TASK = "task."
+_VALIDATION = "validation."
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ class TrainingLog:
     """losses   of every step, those before a resumption included
     seconds  wall time of this call
     steps    done in this call
+    evaluations   on the validation texts, those before a resumption included
+    best          of the evaluations; the model is in the state it had then
     """
 
     losses: list[float]
     seconds: float
     steps: int
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best: Evaluation | None = None
 
     @property
     def steps_per_second(self) -> float:
@@ -64,12 +70,21 @@ class TrainingLog:
 
 
 class Task(Protocol):
-    """What a kind of training adds to the loop."""
+    """What a kind of training adds to the loop.
+
+    restart  step at which the learning-rate schedule begins anew; 0 for one schedule
+    settled  steps after which the model has its final form, so that its state may be kept as the best
+    """
 
     name: str
+    restart: int
+    settled: int
 
     def before_step(self, step: int) -> None:
         """Called before the forward pass of `step`, counted from 0."""
+
+    def undo_step(self) -> None:
+        """Take back what the last `before_step` did to the model."""
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         """The mean loss of these examples, 0-d; of several processes each is asked about a part of the batch."""
@@ -106,8 +121,9 @@ def run(
     state_file: StateFile | None = None,
     quiet: bool = False,
     on_step: OnStep | None = None,
+    validation: TokenizedDataset | None = None,
 ) -> TrainingLog:
-    """Train `model` in place, from the saved state if there is one.
+    """Train `model` in place, from the saved state if there is one; with validation texts it ends as the best it was.
 
     A resumed run continues exactly where it stopped: batches depend on (seed, epoch) alone, and
     parameters, masks, optimizer, statistics and random state come from the file. torch's global
@@ -117,8 +133,9 @@ def run(
     gradients are averaged, and all end with the same model, that of one process up to rounding and
     dropout. The first one writes the state, which all must be able to read.
 
-    Raises FloatingPointError for a loss that is not finite, before that step changes anything, and
-    KeyboardInterrupt on Ctrl-C, once the step under way is done and the state written.
+    Raises FloatingPointError for a loss or a gradient that is not finite. The model and the state file
+    are then as before that step, or the model as the best it was. Raises KeyboardInterrupt on Ctrl-C,
+    once the step under way is done and the state written.
     """
     processes = current_processes()
     total = total_steps(data, config)
@@ -126,26 +143,41 @@ def run(
     with _training(model, config), InterruptRequest() as interrupt:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, config.learning_rate, config.betas, weight_decay=0.0, fused=True)
-        losses = _restore(state_file, model, optimizer, task)
-        first = len(losses)
+        best = Validation(model, validation, config, task.settled, total) if validation is not None else None
+        state = _Run(model, task, optimizer, state_file, best, processes)
+        state.restore()
+        first = len(state.losses)
         if not processes.same(first):
             raise ValueError(
                 f"training state: expected the same step in all processes, got {first} in {processes.rank}"
             )
         processes.copy_from_first(model)
+        batches = _batches(data, config, first) if not state.stopped_early else iter(())
         with progress_bar(task.name.capitalize(), total, first, quiet or processes.rank > 0) as advance:
-            for step, indices in _batches(data, config, first):
-                losses.append(_step(step, indices, task, optimizer, parameters, config, total, processes))
-                advance(f"loss {losses[-1]:.3f}  {task.note()}")
+            for step, indices in batches:
+                random = random_tensors(device_of(model))
+                try:
+                    loss = _step(step, indices, task, optimizer, parameters, config, total, processes)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error}; {state.keep_last_good(parameters, random)}") from None
+                state.losses.append(loss)
+                if best is not None:
+                    best.after_step(step + 1)
+                advance(f"loss {loss:.3f}  {task.note()}")
                 if on_step is not None:
-                    on_step(StepInfo(step + 1, total, losses[-1], task.note()))
+                    on_step(StepInfo(step + 1, total, loss, task.note()))
                 stop = processes.any(interrupt.pending)
-                due = stop or step + 1 == total or (state_file is not None and (step + 1) % state_file.every == 0)
-                if state_file is not None and due and processes.rank == 0:
-                    _save(state_file, model, optimizer, task, losses)
+                last = step + 1 == total or state.stopped_early
+                if stop or last or (state_file is not None and (step + 1) % state_file.every == 0):
+                    state.save()
                 if stop:
                     raise KeyboardInterrupt(_stopped(task, step + 1, total, state_file))
-    return TrainingLog(losses, time.perf_counter() - started, len(losses) - first)
+                if last:
+                    break
+        if best is not None:
+            best.restore_best()
+    evaluations = (best.evaluations, best.best) if best is not None else ([], None)
+    return TrainingLog(state.losses, time.perf_counter() - started, len(state.losses) - first, *evaluations)
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
@@ -172,11 +204,16 @@ def _step(
     if not math.isfinite(value):
         raise FloatingPointError(f"{task.name}: expected a finite loss, got {value} at step {step + 1} of {total}")
     loss.backward()
-    processes.sum_(p.grad for p in parameters if p.grad is not None)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    processes.sum_(gradients)
+    norm = nn.utils.get_total_norm(gradients)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{task.name}: expected a finite gradient, got {norm} at step {step + 1} of {total}")
     task.after_backward(step)
-    nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+    nn.utils.clip_grads_with_norm_(parameters, config.max_gradient_norm, norm)
+    begin, end = (task.restart, total) if step >= task.restart else (0, task.restart)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, total, config)
+        group["lr"] = learning_rate(step - begin, end - begin, config)
     optimizer.step()
     optimizer.zero_grad()
     return value
@@ -207,29 +244,67 @@ def _training(model: nn.Module, config: TrainingConfig) -> Iterator[None]:
         yield
 
 
-def _save(
-    file: StateFile, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, losses: Sequence[float]
-) -> None:
-    tensors = {
-        **model_tensors(model),
-        **optimizer_tensors(optimizer),
-        **{_TASK + name: tensor for name, tensor in task.state_dict().items()},
-        **random_tensors(device_of(model)),
-        "losses": torch.tensor(losses, dtype=torch.float64),
-    }
-    write_state(file.path, file.identity, SavedState(len(losses), tensors))
+class _Run:
+    """All that a run's state consists of."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        file: StateFile | None,
+        best: Validation | None,
+        processes: Processes,
+    ) -> None:
+        self.model, self.task, self.optimizer, self.file = model, task, optimizer, file
+        self.best, self.processes = best, processes
+        self.losses: list[float] = []
 
-def _restore(file: StateFile | None, model: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> list[float]:
-    """Bring everything to where the saved run stopped; returns its losses, one per step, none without a state."""
-    saved = read_state(file.path, file.identity) if file is not None else None
-    if saved is None:
-        return []
-    restore_model(model, saved)
-    restore_optimizer(optimizer, saved)
-    task.load_state_dict(saved.part(_TASK))
-    restore_random(device_of(model), saved.tensors)
-    return saved.tensors["losses"].tolist()
+    @property
+    def stopped_early(self) -> bool:
+        return self.best is not None and self.best.exhausted
+
+    def save(self) -> None:
+        """Write the state, where there is a file and this is the first process."""
+        if self.file is None or self.processes.rank > 0:
+            return
+        parts = {_TASK: self.task.state_dict(), _VALIDATION: self.best.state_dict() if self.best is not None else {}}
+        tensors = {
+            **model_tensors(self.model),
+            **optimizer_tensors(self.optimizer),
+            **{prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()},
+            **random_tensors(device_of(self.model)),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+        }
+        write_state(self.file.path, self.file.identity, SavedState(len(self.losses), tensors))
+
+    def restore(self) -> bool:
+        """Bring everything to where the saved run stopped; False if there is no saved state."""
+        saved = read_state(self.file.path, self.file.identity) if self.file is not None else None
+        if saved is None:
+            return False
+        restore_model(self.model, saved.tensors)
+        restore_optimizer(self.optimizer, saved)
+        self.task.load_state_dict(saved.part(_TASK))
+        if self.best is not None:
+            self.best.load_state_dict(saved.part(_VALIDATION))
+        restore_random(device_of(self.model), saved.tensors)
+        self.losses = saved.tensors["losses"].tolist()
+        return True
+
+    def keep_last_good(self, parameters: Sequence[nn.Parameter], random: Mapping[str, Tensor]) -> str:
+        """Undo a step that failed and save the state before it; says in which state the model is."""
+        self.task.undo_step()
+        restore_random(device_of(self.model), random)
+        if all(bool(parameter.isfinite().all()) for parameter in parameters):
+            self.save()
+        elif not self.restore() and (self.best is None or not self.best.kept):
+            return "the model's weights are not finite and no earlier state was kept"
+        saved = f", saved in {self.file.path}" if self.file is not None else ""
+        if self.best is not None and self.best.best is not None:
+            self.best.restore_best()
+            return f"the model is the best one, of step {self.best.best.step}{saved}"
+        return f"the model is as after step {len(self.losses)}{saved}"
 
 
 def _stopped(task: Task, step: int, total: int, file: StateFile | None) -> str:

@@ -15,7 +15,7 @@ from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
 from .distributed import ALONE, current_processes
-from .finetune import open_state
+from .finetune import check_validation, open_state
 from .forward import check_classes, device_of, forward
 from .gradual import GradualPruner
 from .loop import OnStep, TrainingLog, run, total_steps
@@ -32,6 +32,7 @@ def recover(
     save_every: int = 200,
     quiet: bool = False,
     on_step: OnStep | None = None,
+    validation: TokenizedDataset | None = None,
 ) -> TrainingLog:
     """Prune a fine-tuned transformers sequence classifier to config.sparsity while training it, in place.
 
@@ -40,7 +41,8 @@ def recover(
     teacher     the dense model, or a Teacher such as CachedTeacher(dense, data) that several runs
                 on the same data share
     filter_fn   which layers are pruned, as in `prune_`
-    state_path, save_every, on_step   as in `finetune`
+    state_path, save_every, on_step, validation   as in `finetune`; only states that have all their
+                zeros count as best
 
     Raises ValueError, with the model untouched, for what `prune_` and `finetune` refuse and for a
     teacher whose outputs cannot be compared with the model's; FloatingPointError and
@@ -49,14 +51,15 @@ def recover(
     config = config or RecoveryConfig()
     layers = prunable(model, filter_fn)
     check_classes(model, data)
+    check_validation(model, validation)
     _check_teacher(model, teacher, data, config)
-    state_file = open_state(state_path, save_every, (config, tuple(layers)), data, model)
+    state_file = open_state(state_path, save_every, (config, tuple(layers)), data, model, validation)
     if isinstance(teacher, nn.Module):
         hidden, relations = config.hidden_weight > 0, config.relation_weight > 0
         teacher = make_teacher(teacher, data, hidden, config.cache_gib, config.bf16, quiet, relations)
     pruner = GradualPruner(model, config, total_steps(data, config), filter_fn)
     task = _RecoveryTask(model, teacher, data, config, pruner)
-    return run(model, data, task, config, state_file, quiet, on_step)
+    return run(model, data, task, config, state_file, quiet, on_step, validation)
 
 
 @torch.no_grad()
@@ -110,11 +113,16 @@ class _RecoveryTask:
         pruner: GradualPruner,
     ) -> None:
         self.model, self.teacher, self.data, self.config, self.pruner = model, teacher, data, config, pruner
+        self.restart = pruner.ramp_end if config.rewind else 0
+        self.settled = pruner.ramp_end + 1
         self.processes = current_processes()
         self.projections = last_projections(model) if config.relation_weight > 0 else []
 
     def before_step(self, step: int) -> None:
         self.pruner.before_step(step)
+
+    def undo_step(self) -> None:
+        self.pruner.undo_step()
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         config = self.config

@@ -103,11 +103,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_model(model: nn.Module, state: SavedState) -> None:
-    """Copy saved parameters and buffers into a model of the same structure."""
-    saved = state.part(_MODEL)
+def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `model_tensors`, perhaps among others, into a model of the same structure."""
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(tensors[_MODEL + name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
