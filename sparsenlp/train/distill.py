@@ -85,7 +85,8 @@ class CachedTeacher:
                 for cache, state in zip(self.states, states, strict=True):
                     cache[rows[inside]] = state[inside].to(torch.bfloat16)
                 advance("")
-        processes.sum_([self.logits, *self.states])
+        processes.sum_([self.logits])
+        processes.sum_(self.states)
 
     def outputs(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """As Teacher.outputs; padding positions hold another token's state."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+BUCKET = 2**22
+"""Elements that are summed over processes in one message."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,13 @@ class Processes:
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over processes."""
-        if self.count > 1:
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+        if self.count == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def normalizer(self, value: Tensor, examples: int) -> Tensor:
         """What to divide by, in place of `value`, in a loss that is a sum over examples divided by another such sum.
@@ -83,6 +90,18 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors together until they have BUCKET elements: one message for each would take many times longer."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(tensor.numel() for tensor in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def current_processes() -> Processes:
