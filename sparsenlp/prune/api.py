@@ -84,7 +84,7 @@ def mask_zeros_(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None =
 
 @torch.no_grad()
 def finalize_(model: nn.Module) -> nn.Module:
-    """Write the zeros of every mask into its weight and remove the masks; returns `model`.
+    """Write the zeros of every mask, and int8 rounding, into its weight and remove the masks; returns `model`.
 
     What remains are ordinary modules whose weights are the same Parameter objects as before. A model
     without masks is returned as it is.

@@ -74,9 +74,8 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     return chosen
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is what transformers' GPT-2 has for linear layers."""
-    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
+def mask_of(layer: nn.Linear) -> Mask | None:
+    """The mask on a layer's weight, None if it has none; what follows a mask, like a rounding, is left alone.
 
 
 def mask_of(layer: nn.Linear) -> Mask | None:
@@ -86,7 +85,7 @@ def mask_of(layer: nn.Linear) -> Mask | None:
     """
     chain = _parametrizations(layer)
     if chain is not None:
-        if len(chain) == 1 and isinstance(chain[0], Mask):
+        if isinstance(chain[0], Mask):
             return chain[0]
         raise ValueError(f"expected a plain weight, got one parametrized by {type(chain[0]).__name__}")
     if "weight" not in layer._parameters and torch_mask_of(layer) is None:

@@ -6,9 +6,11 @@ from .evaluate import accuracy, agreement, cosine_similarity, kl_divergence, pre
 from .finetune import finetune
 from .loop import StepInfo, TrainingLog
 from .recover import recover
+from .validation import Evaluation
 
 __all__ = [
     "CachedTeacher",
+    "Evaluation",
     "FinetuneConfig",
     "PruningConfig",
     "RecoveryConfig",

@@ -88,6 +88,8 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
 
     rewind              run the learning-rate schedule once over the ramp and again after it (Renda et al.
                         2020, arXiv:2003.02389), not once over all steps
+    int8_fraction       share of all steps, the last ones, that train with the pruned layers' weights rounded
+                        as `quantize` does; after `finalize_` int8 layers then compute with these very weights
     label_weight        of the cross-entropy with the labels
     distill_weight      of KL(teacher || student) of the logits
     temperature         that the logits are divided by in that KL
@@ -103,6 +105,7 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
     """
 
     rewind: bool = False
+    int8_fraction: float = 0.0
     label_weight: float = 0.3
     distill_weight: float = 4.0
     temperature: float = 2.0
@@ -118,6 +121,8 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
     def __post_init__(self) -> None:
         TrainingConfig.__post_init__(self)
         PruningConfig.__post_init__(self)
+        rest = 1 - self.ramp_fraction
+        _require("int8_fraction", 0 <= self.int8_fraction <= rest, "at most 1 - ramp_fraction", self.int8_fraction)
         _require("temperature", self.temperature > 0, "a positive number", self.temperature)
         known = len(self.relations) > 0 and set(self.relations) <= set(RELATIONS)
         _require("relations", known, f"some of {', '.join(RELATIONS)}", ", ".join(self.relations) or "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +19,11 @@ from .distributed import ALONE, current_processes
 from .finetune import check_validation, open_state
 from .forward import check_classes, device_of, forward
 from .gradual import GradualPruner
+from .int8 import is_rounded, start_rounding, stop_rounding
 from .loop import OnStep, TrainingLog, run, total_steps
 from .relations import last_projections, recorded, relation_loss
+
+_ROUNDED = "rounded"
 
 
 def recover(
@@ -58,7 +62,7 @@ def recover(
         hidden, relations = config.hidden_weight > 0, config.relation_weight > 0
         teacher = make_teacher(teacher, data, hidden, config.cache_gib, config.bf16, quiet, relations)
     pruner = GradualPruner(model, config, total_steps(data, config), filter_fn)
-    task = _RecoveryTask(model, teacher, data, config, pruner)
+    task = _RecoveryTask(model, teacher, data, config, pruner, layers)
     return run(model, data, task, config, state_file, quiet, on_step, validation)
 
 
@@ -111,18 +115,27 @@ class _RecoveryTask:
         data: TokenizedDataset,
         config: RecoveryConfig,
         pruner: GradualPruner,
+        layers: Mapping[str, nn.Linear],
     ) -> None:
         self.model, self.teacher, self.data, self.config, self.pruner = model, teacher, data, config, pruner
         self.restart = pruner.ramp_end if config.rewind else 0
-        self.settled = pruner.ramp_end + 1
+        total = total_steps(data, config)
+        self.layers = list(layers.values())
+        self.int8_begin = total - math.ceil(config.int8_fraction * total)
+        self.settled = max(pruner.ramp_end, self.int8_begin if config.int8_fraction else 0) + 1
         self.processes = current_processes()
         self.projections = last_projections(model) if config.relation_weight > 0 else []
 
     def before_step(self, step: int) -> None:
         self.pruner.before_step(step)
+        self.begins_int8 = step >= self.int8_begin and not is_rounded(self.layers[0])
+        if self.begins_int8:
+            start_rounding(self.layers)
 
     def undo_step(self) -> None:
         self.pruner.undo_step()
+        if self.begins_int8:
+            stop_rounding(self.layers)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         config = self.config
@@ -151,7 +164,9 @@ class _RecoveryTask:
         return f"sparsity {self.pruner.sparsity:.1%}"
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.pruner.state_dict()
+        return self.pruner.state_dict() | {_ROUNDED: torch.tensor(is_rounded(self.layers[0]))}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.pruner.load_state_dict(state)
+        if state[_ROUNDED]:
+            start_rounding(self.layers)
+        self.pruner.load_state_dict({name: tensor for name, tensor in state.items() if name != _ROUNDED})
