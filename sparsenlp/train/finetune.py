@@ -33,6 +33,8 @@ def finetune(
     validation  other texts: the model is evaluated on them every config.evaluate_every steps, ends as the
                 best that it was, and stops early if config.patience says so
 
+    In a process group (torchrun and init_process_group("gloo")) the processes share the work, as `loop.run` says.
+
     Raises ValueError, with the model untouched, for labels beyond the model's classes or a state
     file of another run; FloatingPointError and KeyboardInterrupt as `loop.run` says; OSError if the
     state cannot be written.

@@ -48,6 +48,8 @@ def recover(
     state_path, save_every, on_step, validation   as in `finetune`; only states that have all their
                 zeros count as best
 
+    In a process group (torchrun and init_process_group("gloo")) the processes share the work, as `loop.run` says.
+
     Raises ValueError, with the model untouched, for what `prune_` and `finetune` refuse and for a
     teacher whose outputs cannot be compared with the model's; FloatingPointError and
     KeyboardInterrupt as `loop.run` says; OSError if the state cannot be written.
@@ -83,8 +85,9 @@ def _check_teacher(
         teacher = LiveTeacher(teacher, data, hidden, config.bf16, relations)
     student = LiveTeacher(model, data, hidden, config.bf16, relations)
     shapes, projections = [], []
-    for logits, states in (student.outputs([0]), teacher.outputs([0])):
-        compared, projected = _divide(states, relations)
+    for source in (student, teacher):
+        logits, states = source.outputs([0])
+        compared, projected = _divide(states, _gives_relations(source, config))
         shapes.append([tuple(logits.shape)] + [tuple(state.shape) for state in compared if hidden])
         projections.append(projected)
     if shapes[0] != shapes[1]:
@@ -97,6 +100,11 @@ def _check_teacher(
 def _divide(states: Sequence[Tensor], relations: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """A teacher's states as (hidden states, projections)."""
     return (states[:-3], states[-3:]) if relations else (states, [])
+
+
+def _gives_relations(teacher: Teacher, config: RecoveryConfig) -> bool:
+    """Whether a teacher's last three states are projections; a cache may have them where this run wants none."""
+    return teacher.relations if isinstance(teacher, CachedTeacher) else config.relation_weight > 0
 
 
 def _relation_heads(model: nn.Module, config: RecoveryConfig) -> int:
@@ -122,9 +130,11 @@ class _RecoveryTask:
         total = total_steps(data, config)
         self.layers = list(layers.values())
         self.int8_begin = total - math.ceil(config.int8_fraction * total)
+        self.begins_int8 = False
         self.settled = max(pruner.ramp_end, self.int8_begin if config.int8_fraction else 0) + 1
         self.processes = current_processes()
         self.projections = last_projections(model) if config.relation_weight > 0 else []
+        self.divides = _gives_relations(teacher, config)
 
     def before_step(self, step: int) -> None:
         self.pruner.before_step(step)
@@ -145,7 +155,7 @@ class _RecoveryTask:
         logits, device = output.logits.float(), device_of(self.model)
         teacher_logits, states = self.teacher.outputs(indices)
         mask = inputs["attention_mask"].to(device)
-        hidden, projections = _divide([state.to(device) for state in states], bool(self.projections))
+        hidden, projections = _divide([state.to(device) for state in states], self.divides)
         loss = config.label_weight * F.cross_entropy(logits, self.data.labels[list(indices)].to(device))
         loss = loss + config.distill_weight * soft_target_loss(logits, teacher_logits.to(device), config.temperature)
         if config.hidden_weight > 0:

@@ -95,6 +95,14 @@ def test_cached_and_live_teachers_agree(make_model, make_data, hidden_weight):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_a_cache_with_relations_serves_runs_without(make_model, make_data):
+    dense, data, losses = make_model(), make_data(), []
+    for relations in (False, True):
+        teacher = CachedTeacher(dense, data, relations=relations)
+        losses.append(recover(copy.deepcopy(dense), teacher, data, quick(relation_weight=0.0)).losses)
+    assert losses[0] == losses[1]
+
+
 def test_a_narrower_student_can_learn_relations(make_model, make_data):
     student = make_model(hidden_size=16)
     recover(student, make_model(), make_data(), quick(hidden_weight=0.0, relation_heads=4))
