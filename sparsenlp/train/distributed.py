@@ -62,6 +62,13 @@ class Processes:
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over processes."""
+        self.sum_(tensors)
+        if self.count > 1:
+            for tensor in tensors:
+                tensor.div_(self.count)
+
     def normalizer(self, value: Tensor, examples: int) -> Tensor:
         """What to divide by, in place of `value`, in a loss that is a sum over examples divided by another such sum.
 

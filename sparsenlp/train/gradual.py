@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..prune import CRITERIA, GradientStatistics, cubic_sparsity, masked_layers, prune_, sparsity_of
 from ..prune.layers import FilterFn, mask_of, prunable
 from .config import PruningConfig
+from .distributed import current_processes
 
 
 class GradualPruner:
@@ -42,6 +43,8 @@ class GradualPruner:
         if not due:
             return
         self._before = {name: mask.clone() for name, mask in _masks(self.model).items()}
+        if self.statistics is not None:  # what each process saw of them alone would give it masks of its own
+            current_processes().average_([t for t in self.statistics.state_dict().values() if t.is_floating_point()])
         target = cubic_sparsity(step, 0, self.ramp_end, config.sparsity)
         prune_(self.model, config.pattern, target, config.criterion, config.scope, self.filter_fn, self.statistics)
         self.sparsity = sparsity_of(self.model, self.filter_fn)

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from transformers import BertForSequenceClassification
 
-from sparsenlp.train import RecoveryConfig, finetune, recover
+from sparsenlp.prune import masked_layers
+from sparsenlp.train import PruningConfig, RecoveryConfig, finetune, recover
+from sparsenlp.train.gradual import GradualPruner
 
 
 def main(directory, rank):
@@ -28,12 +30,24 @@ def main(directory, rank):
         except MemoryError:
             continue
         results[name] = {"state": model.state_dict(), "losses": log.losses, "steps": log.steps}
+    results["statistics"] = masks_of_other_gradients(make(directory), rank)
     torch.save(results, directory / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def make(directory):
     return BertForSequenceClassification.from_pretrained(directory / "dense").eval()
+
+
+def masks_of_other_gradients(model, rank):
+    """What processes prune that have seen different gradients."""
+    pruner = GradualPruner(model, PruningConfig(ramp_fraction=0.0, sparsity=0.5), 2)
+    generator = torch.Generator().manual_seed(rank)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    pruner.after_backward(0)
+    pruner.before_step(1)
+    return {name: layer.parametrizations.weight[0].mask for name, layer in masked_layers(model).items()}
 
 
 def exit_at(info, stop):

@@ -97,6 +97,13 @@ def test_two_processes_resume_to_the_same_result(results):
         assert torch.equal(killed["state"][name], tensor), name
 
 
+def test_processes_that_saw_other_gradients_prune_alike(results):
+    first, second = (result["statistics"] for result in results)
+    kept = sum(int(mask.sum()) for mask in first.values())
+    assert kept == pytest.approx(0.5 * sum(mask.numel() for mask in first.values()), rel=1e-3)
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+
+
 def test_dropout_differs_between_processes():
     draws = []
     with torch.random.fork_rng([]):
