@@ -127,6 +127,6 @@ def test_masks_of_another_pattern_are_refused(make_model):
     model = make_model()
     prune_(model, Block(4, 1), 0.5)
     before = {name: mask.clone() for name, mask in masks_of(model).items()}
-    with pytest.raises(ValueError, match="prune_: expected pattern 4x1"):
+    with pytest.raises(ValueError, match="expected pattern 4x1"):
         PruningCallback(model, CONFIG)
     assert all(torch.equal(mask, before[name]) for name, mask in masks_of(model).items())
