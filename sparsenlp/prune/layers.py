@@ -74,12 +74,15 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     return chosen
 
 
-def mask_of(layer: nn.Linear) -> Mask | None:
-    """The mask on a layer's weight, None if it has none; what follows a mask, like a rounding, is left alone.
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is what transformers' GPT-2 has for linear layers."""
+    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
 
 
 def mask_of(layer: nn.Linear) -> Mask | None:
     """The mask on a layer's weight, None if it has none or one of torch.nn.utils.prune.
+
+    What follows a mask, like int8 rounding, is left alone.
 
     Raises ValueError if the weight is computed in another way, such as by a weight norm.
     """

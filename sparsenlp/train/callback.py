@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..prune import finalize_, prune_
+from ..prune import CRITERIA, finalize_, prune_
 from ..prune.layers import FilterFn
 from .config import PruningConfig
 from .gradual import GradualPruner
@@ -53,6 +53,10 @@ class PruningCallback(TrainerCallback):
         finalize: bool = False,
     ) -> None:
         self.model, self.config, self.filter_fn, self.finalize = model, config or PruningConfig(), filter_fn, finalize
+        if "input_square" in CRITERIA[self.config.criterion].needs:
+            raise ValueError(
+                f"PruningCallback: expected a criterion of weights or gradients, got {self.config.criterion}"
+            )
         prune_(model, self.config.pattern, 0.0, filter_fn=filter_fn)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

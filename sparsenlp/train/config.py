@@ -62,7 +62,7 @@ class PruningConfig:
                         while training, from gradients before they are clipped or from the inputs of layers
     ramp_fraction       share of all steps in which sparsity rises (cubic); then the masks are frozen
     update_every        steps between two updates of the masks
-    statistics_decay    of the running mean that "taylor" uses
+    statistics_decay    of the running means that "taylor", "fisher" and "wanda" use; sums do not decay
     """
 
     pattern: Pattern = field(default=Block(8, 1))

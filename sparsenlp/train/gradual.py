@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from ..prune import CRITERIA, GradientStatistics, cubic_sparsity, masked_layers, prune_, sparsity_of
+from ..prune import CRITERIA, collector, cubic_sparsity, masked_layers, prune_, sparsity_of
 from ..prune.layers import FilterFn, mask_of, prunable
 from .config import PruningConfig
 from .distributed import current_processes
@@ -19,8 +20,9 @@ class GradualPruner:
     steps      optimizer steps of the whole run
     filter_fn  which layers are pruned, as in `prune_`
 
-    Call `before_step` before each forward pass and `after_backward` once the gradients of all
-    examples of the step are there. Raises as `prune_`, and ValueError for fewer than two steps.
+    Call `before_step` before the forward passes of a step, which `observing` surrounds, and
+    `after_backward` once the gradients of all examples of the step are there. Raises as `prune_`, and
+    ValueError for fewer than two steps.
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, steps: int, filter_fn: FilterFn | None = None) -> None:
@@ -30,9 +32,8 @@ class GradualPruner:
         self.ramp_end = max(min(int(config.ramp_fraction * steps), steps - 1), 1)
         prune_(model, config.pattern, 0.0, filter_fn=filter_fn)
         self.sparsity = 0.0
-        wanted = CRITERIA[config.criterion].needs_statistics
         layers = prunable(model, filter_fn)
-        self.statistics = GradientStatistics(layers, config.statistics_decay) if wanted else None
+        self.statistics = collector(layers, CRITERIA[config.criterion].needs, config.statistics_decay)
         self._before: dict[str, Tensor] = {}
 
     def before_step(self, step: int) -> None:
@@ -55,6 +56,10 @@ class GradualPruner:
             if name in self._before:
                 mask.copy_(self._before[name])
         self.sparsity = sparsity_of(self.model, self.filter_fn)
+
+    def observing(self, attention_mask: Tensor) -> AbstractContextManager[None]:
+        """Surround each forward pass with this, for criteria that look at the inputs of layers."""
+        return self.statistics.observing(attention_mask) if self.statistics is not None else nullcontext()
 
     def after_backward(self, step: int) -> None:
         if self.statistics is not None and step < self.ramp_end:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -150,7 +149,7 @@ class _RecoveryTask:
     def loss(self, indices: Sequence[int]) -> Tensor:
         config = self.config
         inputs = self.data.batch(indices)
-        with recorded(self.projections) as projected:
+        with self.pruner.observing(inputs["attention_mask"]), recorded(self.projections) as projected:
             output = forward(self.model, inputs, config.hidden_weight > 0, config.bf16)
         logits, device = output.logits.float(), device_of(self.model)
         teacher_logits, states = self.teacher.outputs(indices)

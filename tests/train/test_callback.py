@@ -130,3 +130,10 @@ def test_masks_of_another_pattern_are_refused(make_model):
     with pytest.raises(ValueError, match="expected pattern 4x1"):
         PruningCallback(model, CONFIG)
     assert all(torch.equal(mask, before[name]) for name, mask in masks_of(model).items())
+
+
+def test_a_criterion_of_inputs_is_refused(make_model):
+    model = make_model()
+    with pytest.raises(ValueError, match="PruningCallback: expected a criterion of weights or gradients, got wanda"):
+        PruningCallback(model, PruningConfig(criterion="wanda"))
+    assert not masked_layers(model)
