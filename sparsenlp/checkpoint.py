@@ -18,6 +18,9 @@ and model.safetensors holds for each of them
 
 A model with fused encoders has `fused_encoders` beside `modules`: {name: {precision, tile}}, which are fused
 again when they are loaded on a CPU.
+
+A transformers model whose layers have lost heads or neurons in a way that its configuration cannot express has
+`structure`: {"heads": numbers, "neurons": numbers}, each if needed, a number for every layer (see models.structure).
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from .layers import SparseLinear
 from .layers.encoder import FUSED_PRECISIONS
 from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
+from .models.structure import structure_of
 from .ops.bsr_linear import ACTIVATIONS
 from .ops.encoder_layer import TILES
 from .report import is_masked
@@ -57,6 +61,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 INT8_FIELDS = ("int8", "input_scale")
+STRUCTURE_FIELDS = ("heads", "neurons")
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -184,6 +189,9 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
     if has_fused_decoder(model):
         description["fused_decoder"] = True
     return state, description
+    description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
+    optional = {"fused_encoders": fused_options(model), "structure": structure_of(model)}
+    return state, {**description, **{field: value for field, value in optional.items() if value}}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -228,6 +236,19 @@ def parse_fused(description: Any, where: str = CONFIG_FILE) -> dict[str, FusionO
         if options["precision"] not in (None, *FUSED_PRECISIONS) or options["tile"] not in (None, *TILES):
             raise CheckpointError(f"{where}: expected a valid precision and tile of {name}, got {options!r:.200}")
     return {name: dict(options) for name, options in fused.items()}
+
+
+def parse_structure(description: Any, where: str = CONFIG_FILE) -> dict[str, list[int]]:
+    """`structure` of a `quantization_config` block, {} if it has none, or CheckpointError."""
+    structure = description.get("structure", {})
+    if not isinstance(structure, Mapping) or not structure.keys() <= set(STRUCTURE_FIELDS):
+        raise CheckpointError(
+            f"{where}: expected structure with {' and '.join(STRUCTURE_FIELDS)}, got {structure!r:.200}"
+        )
+    for field, numbers in structure.items():
+        if not isinstance(numbers, list | tuple) or not all(_is_count(n) and n for n in numbers):
+            raise CheckpointError(f"{where}: expected {field} as a list of positive numbers, got {numbers!r:.200}")
+    return {field: [*numbers] for field, numbers in structure.items()}
 
 
 def read_layers(files: Iterable[str | os.PathLike], entries: Mapping[str, LayerEntry]) -> dict[str, BlockSparse]:

@@ -43,6 +43,8 @@ class DecoderFamily:
     activation  name of the configuration's field
     eps         likewise
     output      class of the base model's output
+    neurons     field that counts the neurons before `down`
+    free_heads  the configuration may have any number of heads beside `head_dim`
     """
 
     inputs: tuple[str, ...]
@@ -60,6 +62,8 @@ class DecoderFamily:
     activation: str = "hidden_act"
     eps: str = "rms_norm_eps"
     output: str = "BaseModelOutputWithPast"
+    neurons: str = "intermediate_size"
+    free_heads: bool = False
 
 
 LLAMA = DecoderFamily(
@@ -71,6 +75,7 @@ LLAMA = DecoderFamily(
     norm1="input_layernorm",
     norm2="post_attention_layernorm",
     rope="rotary_emb",
+    free_heads=True,
 )
 GPT2 = DecoderFamily(
     inputs=("attn.c_attn",),
@@ -86,6 +91,7 @@ GPT2 = DecoderFamily(
     activation="activation_function",
     eps="layer_norm_epsilon",
     output="BaseModelOutputWithPastAndCrossAttentions",
+    neurons="n_inner",
 )
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2}
 """By `config.model_type`."""

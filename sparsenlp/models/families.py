@@ -29,6 +29,8 @@ class Family:
     activation   the function between fc1 and fc2
     head_dim     rows of a head
     bias         method of the encoder that gives a position bias (B, heads, S, S) for x (B, S, H), or ""
+    neurons      field of the configuration that counts the neurons between fc1 and fc2
+    free_heads   the configuration may have any number of heads beside `head_dim`
     """
 
     name: str
@@ -41,6 +43,8 @@ class Family:
     pre_norm: bool = False
     layer_list: str = ""
     bias: str = ""
+    neurons: str = "intermediate_size"
+    free_heads: bool = False
 
 
 _HF = "transformers.models"
@@ -77,6 +81,7 @@ FAMILIES = (
         norms=("sa_layer_norm", "output_layer_norm"),
         activation="ffn.activation",
         head_dim="attention.attention_head_size",
+        neurons="hidden_dim",
     ),
     Family(
         name="MPNet",
@@ -98,6 +103,7 @@ FAMILIES = (
         activation="mlp.activation_fn",
         head_dim="attention.head_dim",
         pre_norm=True,
+        free_heads=True,
     ),
 )
 TORCH = {nn.TransformerEncoder: TorchEncoder, nn.TransformerEncoderLayer: TorchEncoderLayer}

@@ -27,6 +27,7 @@ from ..checkpoint import (
     linear_for,
     parse_description,
     parse_fused,
+    parse_structure,
     read_layers,
     to_disk,
 )
@@ -34,6 +35,7 @@ from ..convert import replace_modules
 from ..formats.block import INDEX_DTYPE
 from ..layers import SparseLinear
 from .encoders import fuse_again_
+from .structure import restructure_, structure_of
 
 
 @register_quantization_config(METHOD)
@@ -47,6 +49,7 @@ class SparseNlpConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         fused_encoders: Any = None,
         fused_decoder: Any = None,
+        structure: Any = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -60,11 +63,15 @@ class SparseNlpConfig(QuantizationConfigMixin):
             self.fused_decoder = fused_decoder
         parse_description(self.to_dict())
         parse_fused(self.to_dict())
+        if structure is not None:
+            self.structure = structure
+        for parse in (parse_description, parse_fused, parse_structure):
+            parse(self.to_dict())
 
 
 @register_quantizer(METHOD)
 class SparseNlpQuantizer(HfQuantizer):
-    """Puts SparseLinear skeletons in before transformers loads the tensors, and mends their dtypes afterwards."""
+    """Gives layers their shapes before transformers loads the tensors, and mends dtypes afterwards."""
 
     quantization_config: SparseNlpConfig
 
@@ -80,6 +87,10 @@ class SparseNlpQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError(f"{METHOD}: expected checkpoint files to check, got a state dict")
         where = ", ".join(checkpoint_files)
+        try:
+            restructure_(model, parse_structure(self.quantization_config.to_dict()))
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
         weights = read_layers(checkpoint_files, entries)
         local = {name: _local_name(model, name) for name in entries}
         if entries and not any(local.values()):
@@ -165,8 +176,8 @@ def attach(model: Any) -> None:
 
 
 def save(model: Any, directory: Path) -> None:
-    """Weights and config of a transformers model, in one file each; an ordinary directory if no layer is sparse."""
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
+    """Weights and config of a transformers model, in one file each; an ordinary directory if no layer needs more."""
+    if structure_of(model) or any(isinstance(module, SparseLinear) for module in model.modules()):
         attach(model)
     model.save_pretrained(directory, max_shard_size="1000GB", save_original_format=False)
 

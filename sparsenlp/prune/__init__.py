@@ -17,6 +17,13 @@ from .statistics import (
     fisher_from_adam,
 )
 from .targets import LayerTarget, prune_layers_
+from .structured import (
+    Removal,
+    prune_structures_,
+    remove_heads_,
+    remove_layers_,
+    remove_neurons_,
+    structure_scores,
 
 __all__ = [
     "CRITERIA",
@@ -30,6 +37,7 @@ __all__ = [
     "MovementMask",
     "Pattern",
     "Threshold",
+    "Removal",
     "Unstructured",
     "collector",
     "cubic_sparsity",
@@ -52,5 +60,10 @@ __all__ = [
     "prune_layers_",
     "row_masks",
     "score_layers",
+    "prune_structures_",
+    "remove_heads_",
+    "remove_layers_",
+    "remove_neurons_",
     "sparsity_of",
+    "structure_scores",
 ]
