@@ -149,26 +149,27 @@ def is_conv1d(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def select_(slices: Sequence[Slice]) -> None:
-    """Reduce each module to its slices' lines, in their order; several of one module and dim follow each other.
-
-    Parameters stay the objects that they are, without gradients.
-    """
+    """Reduce each module to its slices' lines, in their order; several of one module and dim follow each other."""
     chosen: dict[tuple[Any, int], list[Tensor]] = {}
     for module, dim, lines in slices:
         chosen.setdefault((module, dim), []).append(lines.flatten())
     for (module, dim), parts in chosen.items():
         index = torch.cat(parts)
-        select_data_(module.weight, 1 - dim if is_conv1d(module) else dim, index)
+        select_lines_(module, "weight", 1 - dim if is_conv1d(module) else dim, index)
         if dim == ROWS and module.bias is not None:
-            select_data_(module.bias, 0, index)
+            select_lines_(module, "bias", 0, index)
         names = ("nf", "nx") if is_conv1d(module) else ("out_features", "in_features")
         setattr(module, names[dim], index.numel())
 
 
-def select_data_(parameter: Tensor, dim: int, index: Tensor) -> None:
-    """Let a Parameter (or buffer) hold these lines of itself alone."""
-    parameter.data = parameter.data.index_select(dim, index.to(parameter.device))
-    parameter.grad = None
+def select_lines_(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    """Put a Parameter (or buffer) of these lines of module.name in its place.
+
+    It has to be a new one: graphs that are still alive remember the shape of the old one.
+    """
+    old = getattr(module, name)
+    new = old.detach().index_select(dim, index.to(old.device))
+    setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
 def keep_heads_(parts: LayerParts, heads: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
 from .criteria import CRITERIA, Criterion, find_criterion
+from .api import finalize_, layer_sparsity, prune_, sparsity_of
+from .channels import channel_scores, remove_filters_, remove_units_
+from .criteria import CRITERIA, GradientStatistics
 from .layers import default_filter, masked_layers, prunable
 from .masks import Threshold, global_masks, local_masks, row_masks
 from .movement import MovementMask, harden_, movement_, movement_penalty
@@ -40,6 +43,7 @@ __all__ = [
     "Removal",
     "Unstructured",
     "collector",
+    "channel_scores",
     "cubic_sparsity",
     "default_filter",
     "finalize_",
@@ -61,9 +65,11 @@ __all__ = [
     "row_masks",
     "score_layers",
     "prune_structures_",
+    "remove_filters_",
     "remove_heads_",
     "remove_layers_",
     "remove_neurons_",
+    "remove_units_",
     "sparsity_of",
     "structure_scores",
 ]

@@ -5,13 +5,11 @@ directory that plain transformers loads. Where a configuration has no words for 
 widths; heads in families whose configuration ties them to the hidden size, like BERT and GPT-2), saving goes through
 this package's checkpoint, which `from_pretrained` of transformers loads as long as sparsenlp is imported.
 
-Parameters stay the objects that they were, so ties hold; what an optimizer has stored for them no longer fits.
-Statistics for criteria have to be collected anew.
+What shrinks becomes a new Parameter: make the optimizer, and collect statistics for criteria, afterwards.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +30,8 @@ from ..models.structure import (
     update_config_,
     width,
 )
-from ..report import is_masked
 from .api import _score as score_layers
+from .checks import check_choice, check_numbers, check_own, remaining
 from .criteria import CRITERIA
 from .masks import SCOPES
 
@@ -84,9 +82,9 @@ def remove_heads_(model: nn.Module, heads: Mapping[int, Sequence[int]]) -> nn.Mo
         raise ValueError(f"remove_heads_: expected a family that can lose heads, got one where {stack.obstacle}")
     counts = [parts.heads for parts in stack.layers]
     kept = _kept("remove_heads_", "heads", heads, counts)
-    _check_own(model, "remove_heads_", [m for i in kept for m in (*stack.layers[i].inputs, stack.layers[i].output)])
-    for i, remaining in kept.items():
-        keep_heads_(stack.layers[i], remaining)
+    _check_dense("remove_heads_", model, [m for i in kept for m in (*stack.layers[i].inputs, stack.layers[i].output)])
+    for i, stay in kept.items():
+        keep_heads_(stack.layers[i], stay)
     update_config_(model)
     return model
 
@@ -104,9 +102,9 @@ def remove_neurons_(model: nn.Module, neurons: Mapping[int, Sequence[int]]) -> n
     """
     stack = _stack(model, "remove_neurons_")
     kept = _kept("remove_neurons_", "neurons", neurons, [parts.neurons for parts in stack.layers])
-    _check_own(model, "remove_neurons_", [m for i in kept for m in _ffn(stack.layers[i])])
-    for i, remaining in kept.items():
-        keep_neurons_(stack.layers[i], remaining)
+    _check_dense("remove_neurons_", model, [m for i in kept for m in _ffn(stack.layers[i])])
+    for i, stay in kept.items():
+        keep_neurons_(stack.layers[i], stay)
     update_config_(model)
     return model
 
@@ -125,7 +123,7 @@ def remove_layers_(model: nn.Module, layers: Sequence[int]) -> nn.Module:
         raise ValueError(
             "remove_layers_: expected attention that does not depend on the layer's number, got one scaled"
         )
-    kept = _remaining("remove_layers_", "layers", layers, len(stack.layers)).tolist()
+    kept = remaining("remove_layers_", "layers", layers, len(stack.layers)).tolist()
     keep_layers_(stack, kept)
     update_config_(model, kept)
     return model
@@ -146,8 +144,8 @@ def structure_scores(
 
     Raises ValueError for an unknown kind or reduction, missing scores, or scores of another shape.
     """
-    _check_choice("kind", kind, KINDS)
-    _check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("kind", kind, KINDS)
+    check_choice("reduction", reduction, REDUCTIONS)
     stack = _prefixed("structure_scores", layer_stack, model)
     names = {module: name for name, module in model.named_modules()}
     found = {}
@@ -159,7 +157,7 @@ def structure_scores(
             if got is None or tuple(got.shape) != shape:
                 got_text = "none" if got is None else str(tuple(got.shape))
                 raise ValueError(f"structure_scores: expected scores {shape} of {names[module]}, got {got_text}")
-        found[number] = _reduce([(scores[names[m]], dim, lines) for m, dim, lines in slices], reduction)
+        found[number] = reduce_scores([(scores[names[m]], dim, lines) for m, dim, lines in slices], reduction)
     return found
 
 
@@ -188,11 +186,11 @@ def prune_structures_(
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: expected a fraction to remove in [0, 1), got {fraction}")
     for name, value, known in (("kind", kind, KINDS), ("scope", scope, SCOPES), ("criterion", criterion, CRITERIA)):
-        _check_choice(name, value, known)
+        check_choice(name, value, known)
     stack = _stack(model, "prune_structures_")
     names = {module: name for name, module in model.named_modules()}
     modules = {names[m]: m for parts in stack.layers for m, _, _ in _slices(stack, parts, kind)}
-    _check_own(model, "prune_structures_", modules.values())
+    _check_dense("prune_structures_", model, modules.values())
     elementwise = score_layers(modules, criterion, statistics)
     oriented = {name: s.t() if is_conv1d(modules[name]) else s for name, s in elementwise.items()}
     units = structure_scores(model, kind, oriented, reduction)
@@ -231,14 +229,19 @@ def _lowest(scores: Tensor, fraction: float) -> list[int]:
     return sorted(scores.argsort(stable=True)[:count].tolist())
 
 
-def _reduce(parts: Iterable[tuple[Tensor, int, Tensor]], reduction: str) -> Tensor:
-    """(units,) from (scores, dim, lines (units, n)) of each projection."""
+def reduce_scores(parts: Iterable[tuple[Tensor, int, Tensor]], reduction: str) -> Tensor:
+    """One score per unit, (units,) float32, from the scores of weights.
+
+    parts       (scores of any shape, dim, lines (units, n) along that dim) of each tensor
+    reduction   one of REDUCTIONS
+    """
     sums: list[Tensor] = []
     weights = 0
     for scores, dim, lines in parts:
         values = scores.float().square() if reduction == "l2" else scores.float()
-        sums.append(values.sum(dim=1 - dim)[lines.to(values.device)].sum(dim=1))
-        weights += lines.shape[1] * scores.shape[1 - dim]
+        by_line = values.movedim(dim, 0).flatten(1)
+        sums.append(by_line.sum(dim=1)[lines.to(values.device)].sum(dim=1))
+        weights += lines.shape[1] * by_line.shape[1]
     total = torch.stack(sums).sum(dim=0)
     return {"l1": total, "l2": total.sqrt(), "mean": total / weights}[reduction]
 
@@ -276,48 +279,19 @@ def _prefixed(what: str, function: Any, *arguments: Any) -> Any:
 
 def _kept(what: str, kind: str, removed: Mapping[int, Sequence[int]], counts: Sequence[int]) -> dict[int, Tensor]:
     """Layer -> the units that stay, for the layers that lose some."""
-    _check_numbers(what, "layers", [*removed], len(counts))
+    check_numbers(what, "layers", [*removed], len(counts))
     return {
-        layer: _remaining(what, f"{kind} of layer {layer}", units, counts[layer])
+        layer: remaining(what, f"{kind} of layer {layer}", units, counts[layer])
         for layer, units in removed.items()
         if len(units)
     }
 
 
-def _remaining(what: str, kind: str, removed: Sequence[int], count: int) -> Tensor:
-    """The numbers below `count` that are not among `removed`, (n,) int64; at least one."""
-    _check_numbers(what, kind, removed, count)
-    if len(removed) == count:
-        raise ValueError(f"{what}: expected to keep at least one of {count} {kind}, got all to remove")
-    stay = torch.ones(count, dtype=torch.bool)
-    stay[torch.tensor([*removed], dtype=torch.int64)] = False
-    return stay.nonzero().flatten()
-
-
-def _check_numbers(what: str, kind: str, numbers: Sequence[int], count: int) -> None:
-    wrong = [n for n in numbers if not 0 <= n < count]
-    if wrong:
-        raise ValueError(f"{what}: expected {kind} from 0 to {count - 1}, got {wrong[0]}")
-    if len(set(numbers)) < len(numbers):
-        twice = next(n for n, times in Counter(numbers).items() if times > 1)
-        raise ValueError(f"{what}: expected each of the {kind} once, got {twice} twice")
-
-
-def _check_choice(what: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{what}: expected one of {', '.join(known)}, got {value}")
-
-
-def _check_own(model: nn.Module, what: str, modules: Iterable[nn.Module]) -> None:
-    """Raise ValueError unless each is a plain dense linear layer with weights of its own."""
-    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+def _check_dense(what: str, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError unless each is a dense linear layer with weights of its own."""
+    modules = [*modules]
+    check_own(what, model, modules)
     names = {module: name for name, module in model.named_modules()}
     for module in modules:
-        name = names[module]
-        if is_masked(module):
-            raise ValueError(f"{what}: expected masks burned in (finalize_), got a mask on {name}")
         if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-            raise ValueError(f"{what}: expected {name} to be a dense nn.Linear, got {type(module).__name__}")
-        if places[id(module)] > 1 or any(owners[id(p)] > 1 for p in module.parameters()):
-            raise ValueError(f"{what}: expected weights of its own in {name}, got weights shared with another module")
+            raise ValueError(f"{what}: expected {names[module]} to be a dense nn.Linear, got {type(module).__name__}")
