@@ -10,6 +10,7 @@ from .masks import Threshold, global_masks, local_masks, row_masks
 from .movement import MovementMask, harden_, movement_, movement_penalty
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from .proximal import proximal_step_
+from .permute import Permutation, permute_
 from .schedules import cubic_sparsity
 from .scores import score_layers
 from .statistics import (
@@ -40,6 +41,7 @@ __all__ = [
     "MovementMask",
     "Pattern",
     "Threshold",
+    "Permutation",
     "Removal",
     "Unstructured",
     "collector",
@@ -59,6 +61,7 @@ __all__ = [
     "movement_penalty",
     "parse_pattern",
     "proximal_step_",
+    "permute_",
     "prunable",
     "prune_",
     "prune_layers_",

@@ -77,12 +77,12 @@ def remove_heads_(model: nn.Module, heads: Mapping[int, Sequence[int]]) -> nn.Mo
     of a layer, a family whose heads depend on each other (MPNet's position bias, nn.MultiheadAttention's width),
     weights that are shared between modules, masked or sparse already, and a fused model.
     """
-    stack = _stack(model, "remove_heads_")
+    stack = find_stack("remove_heads_", model)
     if stack.obstacle:
         raise ValueError(f"remove_heads_: expected a family that can lose heads, got one where {stack.obstacle}")
     counts = [parts.heads for parts in stack.layers]
     kept = _kept("remove_heads_", "heads", heads, counts)
-    _check_dense("remove_heads_", model, [m for i in kept for m in (*stack.layers[i].inputs, stack.layers[i].output)])
+    check_dense("remove_heads_", model, [m for i in kept for m in (*stack.layers[i].inputs, stack.layers[i].output)])
     for i, stay in kept.items():
         keep_heads_(stack.layers[i], stay)
     update_config_(model)
@@ -100,9 +100,9 @@ def remove_neurons_(model: nn.Module, neurons: Mapping[int, Sequence[int]]) -> n
     Raises ValueError, with the model untouched, for an unknown layer, a neuron that is unknown or named twice, all
     neurons of a layer, weights that are shared between modules, masked or sparse already, and a fused model.
     """
-    stack = _stack(model, "remove_neurons_")
+    stack = find_stack("remove_neurons_", model)
     kept = _kept("remove_neurons_", "neurons", neurons, [parts.neurons for parts in stack.layers])
-    _check_dense("remove_neurons_", model, [m for i in kept for m in _ffn(stack.layers[i])])
+    check_dense("remove_neurons_", model, [m for i in kept for m in _ffn(stack.layers[i])])
     for i, stay in kept.items():
         keep_neurons_(stack.layers[i], stay)
     update_config_(model)
@@ -118,7 +118,7 @@ def remove_layers_(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     Raises ValueError, with the model untouched, for a layer that is unknown or named twice, all layers, a fused model,
     and one that scales attention by the number of the layer.
     """
-    stack = _stack(model, "remove_layers_")
+    stack = find_stack("remove_layers_", model)
     if getattr(stack.config, "scale_attn_by_inverse_layer_idx", False):
         raise ValueError(
             "remove_layers_: expected attention that does not depend on the layer's number, got one scaled"
@@ -187,10 +187,10 @@ def prune_structures_(
         raise ValueError(f"fraction: expected a fraction to remove in [0, 1), got {fraction}")
     for name, value, known in (("kind", kind, KINDS), ("scope", scope, SCOPES), ("criterion", criterion, CRITERIA)):
         check_choice(name, value, known)
-    stack = _stack(model, "prune_structures_")
+    stack = find_stack("prune_structures_", model)
     names = {module: name for name, module in model.named_modules()}
     modules = {names[m]: m for parts in stack.layers for m, _, _ in _slices(stack, parts, kind)}
-    _check_dense("prune_structures_", model, modules.values())
+    check_dense("prune_structures_", model, modules.values())
     elementwise = score_layers(modules, criterion, statistics)
     oriented = {name: s.t() if is_conv1d(modules[name]) else s for name, s in elementwise.items()}
     units = structure_scores(model, kind, oriented, reduction)
@@ -262,7 +262,8 @@ def _ffn(parts: LayerParts) -> tuple[Any, ...]:
     return *parts.ffn_inputs, parts.ffn_output
 
 
-def _stack(model: nn.Module, what: str) -> LayerStack:
+def find_stack(what: str, model: nn.Module) -> LayerStack:
+    """The model's stack of layers. Raises ValueError as `layer_stack`, and if the layers are fused."""
     stack = _prefixed(what, layer_stack, model)
     if stack.fused:
         raise ValueError(f"{what}: expected a model that is not fused; call unfuse_encoders_ or unfuse_decoder_ first")
@@ -287,7 +288,7 @@ def _kept(what: str, kind: str, removed: Mapping[int, Sequence[int]], counts: Se
     }
 
 
-def _check_dense(what: str, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+def check_dense(what: str, model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Raise ValueError unless each is a dense linear layer with weights of its own."""
     modules = [*modules]
     check_own(what, model, modules)
