@@ -1,16 +1,14 @@
 """Pruning: patterns, criteria, masks, schedules, and `prune_` which combines them."""
 
 from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
-from .criteria import CRITERIA, Criterion, find_criterion
-from .api import finalize_, layer_sparsity, prune_, sparsity_of
 from .channels import channel_scores, remove_filters_, remove_units_
-from .criteria import CRITERIA, GradientStatistics
+from .criteria import CRITERIA, Criterion, GradientStatistics, find_criterion
 from .layers import default_filter, masked_layers, prunable
 from .masks import Threshold, global_masks, local_masks, row_masks
 from .movement import MovementMask, harden_, movement_, movement_penalty
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
-from .proximal import proximal_step_
 from .permute import Permutation, permute_
+from .proximal import proximal_step_
 from .schedules import cubic_sparsity
 from .scores import score_layers
 from .statistics import (
@@ -20,7 +18,6 @@ from .statistics import (
     collector,
     fisher_from_adam,
 )
-from .targets import LayerTarget, prune_layers_
 from .structured import (
     Removal,
     prune_structures_,
@@ -28,6 +25,9 @@ from .structured import (
     remove_layers_,
     remove_neurons_,
     structure_scores,
+)
+from .targets import LayerTarget, prune_layers_
+from .vocabulary import Vocabulary, reduce_vocabulary_
 
 __all__ = [
     "CRITERIA",
@@ -40,12 +40,13 @@ __all__ = [
     "LayerTarget",
     "MovementMask",
     "Pattern",
-    "Threshold",
     "Permutation",
     "Removal",
+    "Threshold",
     "Unstructured",
-    "collector",
+    "Vocabulary",
     "channel_scores",
+    "collector",
     "cubic_sparsity",
     "default_filter",
     "finalize_",
@@ -60,19 +61,20 @@ __all__ = [
     "movement_",
     "movement_penalty",
     "parse_pattern",
-    "proximal_step_",
     "permute_",
+    "proximal_step_",
     "prunable",
     "prune_",
     "prune_layers_",
-    "row_masks",
-    "score_layers",
     "prune_structures_",
+    "reduce_vocabulary_",
     "remove_filters_",
     "remove_heads_",
     "remove_layers_",
     "remove_neurons_",
     "remove_units_",
+    "row_masks",
+    "score_layers",
     "sparsity_of",
     "structure_scores",
 ]
