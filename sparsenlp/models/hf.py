@@ -175,6 +175,15 @@ def attach(model: Any) -> None:
     model.hf_quantizer = SparseNlpQuantizer(SparseNlpConfig())
 
 
+def detach(model: Any) -> None:
+    """Undo `attach`, where no sparse layer needs it: model.save_pretrained writes an ordinary directory again."""
+    if not isinstance(getattr(model, "hf_quantizer", None), SparseNlpQuantizer):
+        return
+    if not any(isinstance(module, SparseLinear) for module in model.modules()):
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
+
+
 def save(model: Any, directory: Path) -> None:
     """Weights and config of a transformers model, in one file each; an ordinary directory if no layer needs more."""
     if structure_of(model) or any(isinstance(module, SparseLinear) for module in model.modules()):

@@ -217,7 +217,7 @@ def update_config_(model: nn.Module, kept_layers: Sequence[int] | None = None) -
 
     kept_layers   which of the layers it told of are left
 
-    Where it cannot (see `structure_of`), save_pretrained writes our checkpoint from now on.
+    While it cannot (see `structure_of`), save_pretrained writes our checkpoint.
     """
     stack = layer_stack(model)
     if stack.host is None:
@@ -233,10 +233,9 @@ def update_config_(model: nn.Module, kept_layers: Sequence[int] | None = None) -
         config.num_attention_heads = most.heads * most.group
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = most.heads
-    if structure_of(stack.host):
-        from .hf import attach
+    from .hf import attach, detach
 
-        attach(stack.host)
+    (attach if structure_of(stack.host) else detach)(stack.host)
 
 
 def structure_of(model: nn.Module) -> dict[str, list[int]]:

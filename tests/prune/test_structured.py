@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from structured_cases import (
     FAMILIES,
     FREE_HEADS,
     IDS,
+    MASK,
     WITH_HEADS,
     assert_unchanged,
     model_of,
@@ -25,8 +28,10 @@ from sparsenlp.models.encoders import fuse_encoders_, unfuse_encoders_
 from sparsenlp.models.structure import layer_stack, structure_of
 from sparsenlp.prune import (
     Block,
+    GradientStatistics,
     Unstructured,
     finalize_,
+    prunable,
     prune_,
     prune_structures_,
     remove_heads_,
@@ -138,6 +143,25 @@ def test_our_checkpoint_is_saved_again_after_loading(tmp_path):
     loaded.save_pretrained(tmp_path / "b")
     again = transformers.AutoModel.from_pretrained(tmp_path / "b").eval()
     torch.testing.assert_close(output_of(again), output_of(model), **TOLERANCE)
+
+
+def test_even_layers_need_our_checkpoint_no_more(tmp_path):
+    model = remove_neurons_(build(TEXT["bert"]), {0: [0, 1]})
+    model.save_pretrained(tmp_path / "uneven")
+    assert structure_of(model) == {"neurons": [62, 64]}
+    for uneven in (model, transformers.AutoModel.from_pretrained(tmp_path / "uneven").eval()):
+        remove_neurons_(uneven, {1: [5, 6]})
+        loaded = reload_plain(uneven, tmp_path / "even")
+        assert loaded.config.intermediate_size == 62
+        torch.testing.assert_close(output_of(loaded), output_of(uneven), **TOLERANCE)
+
+
+def test_loading_without_this_package_fails(tmp_path):
+    remove_heads_(build(TEXT["bert"]), {1: [0]}).save_pretrained(tmp_path)
+    code = "import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Unknown quantization type, got sparsenlp" in result.stderr
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -276,6 +300,19 @@ def test_pruning_removes_the_lowest(family, kind):
     assert str(removal).startswith(f"removed {count if kind != 'layers' else 1} of ")
     if kind != "layers":
         torch.testing.assert_close(output_of(model), expected, **TOLERANCE)
+
+
+def test_pruning_by_gradients():
+    model = build(TEXT["bert"], "AutoModelForSequenceClassification")
+    layers = prunable(model)
+    statistics = GradientStatistics(layers)
+    model(input_ids=IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    statistics.update()
+    parts = layer_stack(model).layers[1]
+    products = [(w.weight * w.weight.grad).abs() for w in (parts.ffn_inputs[0], parts.ffn_output)]
+    by_hand = (products[0].sum(dim=1) + products[1].sum(dim=0)).argsort(stable=True)[:16]
+    removal = prune_structures_(model, "neurons", 0.25, criterion="taylor", statistics=statistics)
+    assert removal.removed[1] == tuple(sorted(by_hand.tolist()))
 
 
 def test_global_scope_ranks_all_and_keeps_one():
