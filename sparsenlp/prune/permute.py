@@ -78,9 +78,9 @@ def permute_(
     returns    how much more the best blocks keep; `reorder` takes scores and statistics along
 
     The model computes the same but for rounding, and its parameters keep their shapes; what an optimizer has stored
-    for them no longer fits. Queries stay in place where positions rotate them, and channels whose number blocks do not
-    divide. Deterministic; no channels are moved for less than before. Rows are gathered block by block, each time the
-    one that adds most to the best columns of its block, then exchanged in pairs as long as that keeps more.
+    for them no longer fits. Queries stay in place where positions rotate them, and channels of a head (or a layer) if
+    blocks do not divide their number. Deterministic, and never worse than before. Channels are gathered block by block,
+    each time those that add most to the best columns of their block, then exchanged in pairs while that keeps more.
 
     Raises ValueError, with the model untouched, for an unknown kind or family, another pattern than Block, a sparsity
     out of range, a shape that blocks do not divide, missing or invalid scores, weights that are masked, sparse or
@@ -104,7 +104,7 @@ def permute_(
     rows, totals = [], []
     for parts, kind, slices in sets:
         ranges = 1 if kind == "neurons" else parts.heads
-        profiles = [p for part in slices for p in _profiles(scores[names[part.module]], part, pattern, ranges)]
+        profiles = _profiles([(scores[names[part.module]], part) for part in slices], pattern, ranges)
         order, kept = _best_order(profiles, slices[0].lines.shape[0], 1 - sparsity)
         total = max(sum(profile.total for profile in profiles), torch.finfo(torch.float32).tiny)
         rows.append(PermutedChannels(parts.name, kind, kept[0] / total, kept[1] / total))
@@ -156,15 +156,19 @@ def _slices(parts: LayerParts, kind: str) -> list[list[Slice]]:
     return [[value, Slice(parts.output, COLUMNS, readers)]]
 
 
-def _profiles(scores: Tensor, part: Slice, pattern: Block, ranges: int) -> list[_Profile]:
-    """One for each line of a channel; none where blocks do not span channels, or do not divide a range of them."""
-    side, other = (pattern.n, pattern.k) if part.dim == ROWS else (pattern.k, pattern.n)
-    channels = part.lines.shape[0] // ranges
-    if side == 1 or channels % side:
-        return []
-    lines = scores.float() if part.dim == ROWS else scores.float().t()
-    summed = lines.unflatten(1, (-1, other)).sum(dim=2)
-    return [_Profile(summed[column].view(ranges, channels, -1), side) for column in part.lines.unbind(dim=1)]
+def _profiles(parts: Sequence[tuple[Tensor, Slice]], pattern: Block, ranges: int) -> list[_Profile]:
+    """One for each line of a channel where blocks span several channels; none at all if they do not fit a range."""
+    found = []
+    for scores, (_, dim, lines) in parts:
+        side, other = (pattern.n, pattern.k) if dim == ROWS else (pattern.k, pattern.n)
+        channels = lines.shape[0] // ranges
+        if channels % side:
+            return []
+        if side > 1:
+            along = scores.float().cpu() if dim == ROWS else scores.float().cpu().t()
+            summed = along.unflatten(1, (-1, other)).sum(dim=2)
+            found += [_Profile(summed[column].view(ranges, channels, -1), side) for column in lines.unbind(dim=1)]
+    return found
 
 
 def _best_order(profiles: Sequence[_Profile], count: int, density: float) -> tuple[Tensor, tuple[float, float]]:
