@@ -17,7 +17,7 @@ and model.safetensors holds for each of them
 `crc32` runs over the bytes of these tensors in this order. All other tensors are stored as they are.
 
 A model with fused encoders has `fused_encoders` beside `modules`: {name: {precision, tile}}, which are fused
-again when they are loaded on a CPU.
+again when they are loaded on a CPU; one whose decoder runs as one op has `fused_decoder`: true.
 
 A transformers model whose layers have lost heads or neurons in a way that its configuration cannot express has
 `structure`: {"heads": numbers, "neurons": numbers}, each if needed, a number for every layer (see models.structure).
@@ -182,15 +182,12 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
         crc32 = _crc32(state[tensor_name] for tensor_name in entry.tensor_names(name))
         written = {key: value for key, value in asdict(entry).items() if entry.int8 or key not in INT8_FIELDS}
         entries[name] = {**written, "block": list(entry.block), "shape": list(entry.shape), "crc32": crc32}
-    description: dict[str, Any] = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
-    fused = fused_options(model)
-    if fused:
-        description["fused_encoders"] = fused
-    if has_fused_decoder(model):
-        description["fused_decoder"] = True
-    return state, description
     description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
-    optional = {"fused_encoders": fused_options(model), "structure": structure_of(model)}
+    optional = {
+        "fused_encoders": fused_options(model),
+        "fused_decoder": has_fused_decoder(model),
+        "structure": structure_of(model),
+    }
     return state, {**description, **{field: value for field, value in optional.items() if value}}
 
 

@@ -61,8 +61,6 @@ class SparseNlpConfig(QuantizationConfigMixin):
             self.fused_encoders = fused_encoders
         if fused_decoder is not None:
             self.fused_decoder = fused_decoder
-        parse_description(self.to_dict())
-        parse_fused(self.to_dict())
         if structure is not None:
             self.structure = structure
         for parse in (parse_description, parse_fused, parse_structure):
@@ -227,7 +225,8 @@ def _replace_conv1d(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         module = model.get_submodule(name)
         if type(module) is Conv1D:
-            linears[module] = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+            columns, rows = module.weight.shape
+            linears[module] = nn.Linear(columns, rows, device="meta", dtype=module.weight.dtype)
     replace_modules(model, linears)
 
 

@@ -2,7 +2,7 @@
 
 from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
 from .channels import channel_scores, remove_filters_, remove_units_
-from .criteria import CRITERIA, Criterion, GradientStatistics, find_criterion
+from .criteria import CRITERIA, Criterion, find_criterion
 from .layers import default_filter, masked_layers, prunable
 from .masks import Threshold, global_masks, local_masks, row_masks
 from .movement import MovementMask, harden_, movement_, movement_penalty

@@ -30,10 +30,9 @@ from ..models.structure import (
     update_config_,
     width,
 )
-from .api import _score as score_layers
 from .checks import check_choice, check_numbers, check_own, remaining
 from .criteria import CRITERIA
-from .masks import SCOPES
+from .scores import score_layers
 
 KINDS = ("heads", "neurons", "layers")
 REDUCTIONS = ("l1", "l2", "mean")
@@ -185,7 +184,11 @@ def prune_structures_(
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: expected a fraction to remove in [0, 1), got {fraction}")
-    for name, value, known in (("kind", kind, KINDS), ("scope", scope, SCOPES), ("criterion", criterion, CRITERIA)):
+    for name, value, known in (
+        ("kind", kind, KINDS),
+        ("scope", scope, ("local", "global")),
+        ("criterion", criterion, CRITERIA),
+    ):
         check_choice(name, value, known)
     stack = find_stack("prune_structures_", model)
     names = {module: name for name, module in model.named_modules()}
