@@ -4,15 +4,13 @@
 #include <cstring>
 #include <tuple>
 
-#include "common.h"
+#include "projection.h"
 
 #define FORWARD(isa, dtype, suffix) EncoderLayerKernel encoder_layer_##dtype##_##suffix;
 #define ROWS(isa, suffix) EncoderRowsKernel encoder_pack_##suffix, encoder_unpack_##suffix;
 #include "../cpu/encoder_layer/encoder_layer.inc"
 
 namespace {
-
-typedef std::vector<Tensor> Tensors;
 
 enum Dtype { f32, bf16, i8 };
 
@@ -41,16 +39,6 @@ EncoderRowsKernel* unpack_kernel() {
   return best_kernel(list);
 }
 
-bool is_plain(const Tensor& t, ScalarType dtype, int64_t dim) {
-  return t.scalar_type() == dtype && t.dim() == dim && t.is_contiguous();
-}
-
-const float* floats(const Tensor& t, int64_t size, const char* name) {
-  STD_TORCH_CHECK(is_plain(t, ScalarType::Float, 1) && t.size(0) == size,
-                  "encoder_layer: expected ", name, " as contiguous float32 of shape (", size, ")");
-  return static_cast<const float*>(t.data_ptr());
-}
-
 void check_tile(int64_t tile) {
   STD_TORCH_CHECK(tile == 16 || tile == 32, "encoder_pack: expected tiles of 16 or 32 tokens, got ", tile);
 }
@@ -69,38 +57,6 @@ int64_t check_stream(const Tensor& stream, const Tensor& spans) {
     STD_TORCH_CHECK(first[i] >= 0 && first[i] < last[i] && last[i] <= tokens,
                     "encoder_layer: expected spans within the ", tokens, " tokens, got [", first[i], ", ", last[i], ")");
   return tokens;
-}
-
-Projection projection(const char* name, const Tensors& t, ScalarType dtype, int64_t N, int64_t K) {
-  const bool quantized = dtype == ScalarType::Char;
-  STD_TORCH_CHECK(t.size() == (quantized ? 5 : 4) || (quantized && t.size() == 6), "encoder_layer: expected ", name,
-                  " as crow_indices, col_indices, values, bias, and with int8 values scales and perhaps row_sums");
-  const Tensor &crow = t[0], &col = t[1], &values = t[2];
-  STD_TORCH_CHECK(is_plain(crow, ScalarType::Int, 1) && is_plain(col, ScalarType::Int, 1) && is_plain(values, dtype, 3),
-                  "encoder_layer: expected contiguous int32 indices and (nnzb, n, k) values of one dtype in ", name);
-  Projection p{};
-  p.n = static_cast<int>(values.size(1));
-  p.k = static_cast<int>(values.size(2));
-  STD_TORCH_CHECK(p.n > 0 && p.k > 0 && K % p.k == 0 && crow.size(0) >= 1 && (crow.size(0) - 1) * p.n == N,
-                  "encoder_layer: expected ", name, " of shape (", N, ", ", K, ")");
-  STD_TORCH_CHECK(col.size(0) == values.size(0) && ints(crow)[crow.size(0) - 1] == values.size(0),
-                  "encoder_layer: crow_indices, col_indices and values of ", name, " disagree on the number of blocks");
-  STD_TORCH_CHECK(!quantized || p.k % 4 == 0, "encoder_layer: expected int8 blocks with k a multiple of 4, got ", p.k);
-  STD_TORCH_CHECK(!quantized || K <= kInt8Columns, "encoder_layer: expected at most ", kInt8Columns, " columns of int8 in ",
-                  name, ", got ", K);
-  p.crow = ints(crow);
-  p.col = ints(col);
-  p.values = values.data_ptr();
-  p.bias = floats(t[3], N, "a bias");
-  p.scales = quantized ? floats(t[4], N, "scales") : nullptr;
-  if (t.size() == 6) {
-    STD_TORCH_CHECK(is_plain(t[5], ScalarType::Int, 1) && t[5].size(0) == N,
-                    "encoder_layer: expected contiguous int32 row_sums of shape (", N, ")");
-    p.row_sums = static_cast<int32_t*>(t[5].data_ptr());
-  }
-  p.N = N;
-  p.K = K;
-  return p;
 }
 
 void check_rows(const std::vector<int64_t>& rows, const char* name) {
@@ -128,21 +84,19 @@ Tensor encoder_layer(
   check_rows(query_rows, "query_rows");
   check_rows(value_rows, "value_rows");
   STD_TORCH_CHECK(query_rows.size() == value_rows.size(), "encoder_layer: expected query_rows and value_rows of equal length");
-  STD_TORCH_CHECK(query.size() > 2 && fc1.size() > 2 && norms.size() == 4, "encoder_layer: expected projections and 4 norms");
-  const ScalarType dtype = fc1[2].scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Char,
-                  "encoder_layer: expected values of float32, bfloat16 or int8");
-  const int64_t F = (fc1[0].size(0) - 1) * fc1[2].size(1);
-  a.query = projection("query", query, dtype, query_rows.back(), a.H);
-  a.key = projection("key", key, dtype, query_rows.back(), a.H);
-  a.value = projection("value", value, dtype, value_rows.back(), a.H);
-  a.output = projection("output", output, dtype, a.H, value_rows.back());
-  a.fc1 = projection("fc1", fc1, dtype, F, a.H);
-  a.fc2 = projection("fc2", fc2, dtype, a.H, F);
-  a.norm1_weight = floats(norms[0], a.H, "the first norm's weight");
-  a.norm1_bias = floats(norms[1], a.H, "the first norm's bias");
-  a.norm2_weight = floats(norms[2], a.H, "the second norm's weight");
-  a.norm2_bias = floats(norms[3], a.H, "the second norm's bias");
+  STD_TORCH_CHECK(norms.size() == 4, "encoder_layer: expected 4 norms, got ", norms.size());
+  const ScalarType dtype = dtype_of("encoder_layer", fc1);
+  const int64_t F = rows_of("encoder_layer", fc1);
+  a.query = projection("encoder_layer", "query", query, dtype, query_rows.back(), a.H);
+  a.key = projection("encoder_layer", "key", key, dtype, query_rows.back(), a.H);
+  a.value = projection("encoder_layer", "value", value, dtype, value_rows.back(), a.H);
+  a.output = projection("encoder_layer", "output", output, dtype, a.H, value_rows.back());
+  a.fc1 = projection("encoder_layer", "fc1", fc1, dtype, F, a.H);
+  a.fc2 = projection("encoder_layer", "fc2", fc2, dtype, a.H, F);
+  a.norm1_weight = floats("encoder_layer", norms[0], a.H, "the first norm's weight");
+  a.norm1_bias = floats("encoder_layer", norms[1], a.H, "the first norm's bias");
+  a.norm2_weight = floats("encoder_layer", norms[2], a.H, "the second norm's weight");
+  a.norm2_bias = floats("encoder_layer", norms[3], a.H, "the second norm's bias");
   a.heads = static_cast<int>(query_rows.size()) - 1;
   a.query_rows = query_rows.data();
   a.value_rows = value_rows.data();
@@ -171,20 +125,13 @@ Tensor encoder_layer(
   Tensor operands = empty({used * (2 * a.query.N + a.value.N) + 48}, ScalarType::Float);
   a.queries = static_cast<float*>(operands.data_ptr());
   a.keys = a.queries + used * a.query.N;
-  a.context_values = a.keys + used * a.key.N;
+  a.values = a.keys + used * a.key.N;
 
   Projection* const all[] = {&a.query, &a.key, &a.value, &a.output, &a.fc1, &a.fc2};
-  int64_t stored = 0;
+  int64_t weights = 0;
+  for (const Projection* p : all) weights += stored(*p);
   std::vector<int32_t> row_sums;
-  for (Projection* p : all) stored += int64_t{p->crow[p->N / p->n]} * p->n * p->k;
-  const bool sums_missing = dtype == ScalarType::Char && !a.fc2.row_sums;
-  if (sums_missing) {
-    size_t rows = 0;
-    for (Projection* p : all) rows += p->N;
-    row_sums.resize(rows);
-    int32_t* at = row_sums.data();
-    for (Projection* p : all) p->row_sums = at, at += p->N;
-  }
+  const bool sums_missing = add_row_sums(all, row_sums);
   EncoderLayerKernel* kernel = dtype == ScalarType::Char       ? layer_kernel<i8>()
                                : dtype == ScalarType::BFloat16 ? layer_kernel<bf16>()
                                                                : layer_kernel<f32>();
@@ -192,9 +139,9 @@ Tensor encoder_layer(
     run_parts([&](const EncoderLayer& args, int part, int parts, float* scratch) { kernel(args, phase, part, parts, scratch); },
               a, work);
   };
-  if (sums_missing) run(kEncoderSums, stored / 8);
-  run(kEncoderProject, a.tokens * stored);
-  run(kEncoderRest, a.tokens * stored);
+  if (sums_missing) run(kEncoderSums, weights / 8);
+  run(kEncoderProject, a.tokens * weights);
+  run(kEncoderRest, a.tokens * weights);
   return y;
 }
 

@@ -10,6 +10,13 @@
 
 namespace {
 
+// The dtype in which bfloat16 attends.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+typedef Bf16Dot HalfAttention;
+#else
+typedef F32 HalfAttention;
+#endif
+
 constexpr int kKeyBlock = kRegisters == 32 ? 8 : 4;  // keys, or dimensions, whose sums are in registers
 constexpr int kChunk = 128;                          // keys between two looks at the maximum
 constexpr float kLog2e = 1.44269504089f;
@@ -43,11 +50,12 @@ Queries<R> queries_of(const Spans& spans, int64_t token0) {
 }
 
 // The bias of kLanes queries (from packed token on) for a key, by their positions within their sequences.
-SNLP_INLINE Vec position_bias(const EncoderLayer& a, int head, int64_t token, VecI first, int64_t key) {
+SNLP_INLINE Vec position_bias(const AttentionTiles& a, int head, int64_t token, VecI first, int64_t key) {
   Vec bias = {};
   const float* table = a.position_bias + head * a.side * a.side;
   for (int i = 0; i < kLanes; i++) {
-    const int64_t q = token + i - first[i], k = key - first[i];
+    const int64_t q = a.positions ? a.positions[token + i] : token + i - first[i];
+    const int64_t k = a.positions ? a.positions[key] : key - first[i];
     if (k >= 0 && k < a.side && q < a.side) bias[i] = table[q * a.side + k];
   }
   return bias;
@@ -56,7 +64,7 @@ SNLP_INLINE Vec position_bias(const EncoderLayer& a, int head, int64_t token, Ve
 // scores[T][W] of the queries with all keys of one tile; the largest so far is updated.
 template <class D, int R>
 SNLP_INLINE void score_tile(
-    const EncoderLayer& a, int head, const Queries<R>& q, int64_t token0, const float* query, const float* key,
+    const AttentionTiles& a, int head, const Queries<R>& q, int64_t token0, const float* query, const float* key,
     int64_t dimensions, int64_t key0, float* scores, Vec largest[R]) {
   constexpr int W = R * kLanes, B = kKeyBlock;
   const bool masked = key0 < q.all_from || key0 + a.T > q.all_to;
@@ -102,20 +110,21 @@ SNLP_INLINE void add_values(const float* words, const typename D::Element* value
     SNLP_UNROLL for (int r = 0; r < R; r++) store(context + j * W + r * kLanes, sum[j][r]);
 }
 
-// out[value dimensions][T] at the W tokens from token0 + t on = attention of one head. scratch: W * (kChunk + value
+// out[value dimensions][T] at the W tokens from t on = attention of one head. scratch: W * (kChunk + value
 // dimensions) words.
 template <class D, int R>
-void attend(const EncoderLayer& a, const Queries<R>& q, int64_t tile, int t, int head, float* out, float* scratch) {
+void attend(const AttentionTiles& a, const Queries<R>& q, int64_t tile, int t, int head, float* out, float* scratch) {
   constexpr int W = R * kLanes;
   typedef typename D::Element E;
   const int T = a.T;
+  const int64_t query_size = a.query_rows[a.heads], value_size = a.value_rows[a.heads];
   const int64_t q0 = a.query_rows[head] / D::kUnit, dimensions = (a.query_rows[head + 1] + D::kUnit - 1) / D::kUnit - q0;
   const int64_t v0 = a.value_rows[head], width = a.value_rows[head + 1] - v0;
   float *scores = scratch, *context = scratch + kChunk * W;
   for (int64_t i = 0; i < width * W; i += kLanes) store(context + i, Vec{});
   Vec largest[R], total[R] = {};
   for (int r = 0; r < R; r++) largest[r] = splat(kLowest);
-  const float* query = a.queries + (tile * a.query.N + q0) * T + t;
+  const float* query = a.queries + (tile * query_size + q0) * T + t;
   const int64_t tile_from = q.any_from / T, tile_to = (q.any_to + T - 1) / T;
   for (int64_t from = tile_from; from < tile_to; from += kChunk / T) {
     const int64_t to = smaller(from + kChunk / T, tile_to), keys = (to - from) * T;
@@ -123,7 +132,7 @@ void attend(const EncoderLayer& a, const Queries<R>& q, int64_t tile, int t, int
     for (int r = 0; r < R; r++) before[r] = largest[r];
     for (int64_t i = from; i < to; i++)
       score_tile<D, R>(
-          a, head, q, tile * T + t, query, a.keys + (i * a.key.N + q0) * T, dimensions, i * T, scores + (i - from) * T * W,
+          a, head, q, tile * T + t, query, a.keys + (i * query_size + q0) * T, dimensions, i * T, scores + (i - from) * T * W,
           largest);
     Vec shrink[R];
     for (int r = 0; r < R; r++) {
@@ -145,7 +154,7 @@ void attend(const EncoderLayer& a, const Queries<R>& q, int64_t tile, int t, int
       }
     for (int64_t i = from; i < to; i++) {
       const float* words = scores + (i - from) * T / D::kUnit * W;
-      const E* values = (const E*)(a.context_values + i * a.value.N * T) + v0 * T;
+      const E* values = (const E*)(a.values + i * value_size * T) + v0 * T;
       int64_t d = 0;
       for (; d + kKeyBlock <= width; d += kKeyBlock)
         add_values<D, R, kKeyBlock>(words, values + d * T, T, context + d * W);
@@ -155,7 +164,7 @@ void attend(const EncoderLayer& a, const Queries<R>& q, int64_t tile, int t, int
   for (int r = 0; r < R; r++) total[r] = 1.0f / total[r];
   for (int64_t d = 0; d < width; d++)
     for (int r = 0; r < R; r++)
-      store(out + (v0 + d) * T + t + r * kLanes, load(context + d * W + r * kLanes) * total[r]);
+      store(out + d * T + t + r * kLanes, load(context + d * W + r * kLanes) * total[r]);
 }
 
 }  // namespace

@@ -23,29 +23,34 @@ struct Spans {
   const int32_t* last;
 };
 
+// What attention reads: heads, and the queries, keys and values of tokens in tiles of T.
+struct AttentionTiles {
+  const int32_t* positions;    // of each token in its sequence, or null: those in which tokens are packed
+  const int64_t* query_rows;   // heads + 1: head h owns rows [query_rows[h], query_rows[h + 1]) of queries and keys
+  const int64_t* value_rows;   // heads + 1: the same of values
+  const float* position_bias;  // heads x side x side, or null: added to the scores of (query, key) by their positions
+  int64_t side;
+  int T;  // 16 or 32
+  int heads;
+  float scale;
+  float *queries, *keys, *values;  // of each tile, feature-major; 4-byte words
+};
+
 // The phases of a layer, each to be over for all parts before the next begins.
 enum EncoderPhase : int { kEncoderSums, kEncoderProject, kEncoderRest, kEncoderPhases };
 
-struct EncoderLayer {
+struct EncoderLayer : AttentionTiles {
   const float* x;  // tiles x H x T
   float* y;        // tiles x H x T
   Spans spans;
   Projection query, key, value, output, fc1, fc2;
   const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;  // H each
-  const int64_t* query_rows;   // heads + 1: head h owns rows [query_rows[h], query_rows[h + 1]) of query and key
-  const int64_t* value_rows;   // heads + 1: the same of value
-  const float* position_bias;  // heads x side x side, or null: added to the scores of (query, key) by their positions
-  int64_t side;
   int64_t tiles, tokens;  // in use
   int64_t H;
-  int T;  // tokens of a tile, 16 or 32
-  int heads;
-  float scale, eps;
+  float eps;
   int activation;  // enum Activation
   bool pre_norm;
   bool half, half_attention;  // inputs of projections, and of attention, may be bfloat16 where that is fast
-  // For each tile its queries, keys and values, feature-major; 4-byte words.
-  float *queries, *keys, *context_values;
 
   int64_t widest() const {
     const int64_t inner = fc1.N > value.N ? fc1.N : value.N;

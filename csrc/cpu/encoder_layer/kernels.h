@@ -3,13 +3,13 @@
 #pragma once
 
 #include "attention.h"
-#include "project.h"
+#include "feed_forward.h"
 
 namespace {
 
 // A part's scratch, cut up.
-struct Workspace {
-  float *norm, *words, *context, *hidden, *residual, *scales, *inverse, *attention;
+struct Workspace : WordsScratch {
+  float *norm, *context, *hidden, *residual, *attention;
 
   Workspace(const EncoderLayer& a, float* scratch) {
     auto take = [&](int64_t rows) {
@@ -27,21 +27,6 @@ struct Workspace {
     attention = scratch;
   }
 };
-
-// The rows of a tile as `p` reads them.
-template <class D>
-Words words_for(const Projection& p, const float* rows, int T, Workspace& w) {
-  if constexpr (D::kUnit == 1 && !D::kQuantized) return {rows, nullptr};
-#if defined(__AVX512BF16__)
-  if (takes_singles<D>(p)) {
-    rows_to_singles(rows, p.K, T, w.words);
-    return {w.words, nullptr};
-  }
-#endif
-  if constexpr (D::kQuantized) token_scales(rows, p.K, T, w.scales, w.inverse);
-  if constexpr (D::kUnit > 1 || D::kQuantized) rows_to_words<D>(rows, p.K, T, w.inverse, w.words);
-  return {w.words, w.scales};
-}
 
 // Queries or keys, as A multiplies them.
 template <class D, class A, int R>
@@ -65,7 +50,7 @@ void project_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
   if (takes_singles<D>(a.key) != takes_singles<D>(a.query)) words = words_for<D>(a.key, x, a.T, w);
   project_to_operand<D, A, R>(a.key, words, a.T, a.keys + tile * a.key.N * a.T);
   if (takes_singles<D>(a.value) != takes_singles<D>(a.key)) words = words_for<D>(a.value, x, a.T, w);
-  typename A::Element* values = (typename A::Element*)(a.context_values + tile * a.value.N * a.T);
+  typename A::Element* values = (typename A::Element*)(a.values + tile * a.value.N * a.T);
   project_to_rows<D, R>(a.value, words, a.T, values, [](Vec v, int64_t, int) { return v; });
 }
 
@@ -77,37 +62,6 @@ void project_and_add(const Projection& p, const Words& x, const float* residual,
   });
 }
 
-// act(p(x)) as `next` reads it, in w.hidden.
-template <class D, int R, int Act>
-Words project_and_activate(const Projection& p, const Words& x, int T, const Projection& next, Workspace& w) {
-  constexpr bool rough = Act == kGelu && (D::kUnit > 1 || D::kQuantized);
-  const auto act = [](Vec v) __attribute__((always_inline)) { return rough ? rough_gelu(v) : activate<Act>(v); };
-#if defined(__AVX512BF16__)
-  if (takes_singles<D>(next)) {
-    project_to_singles<D, R>(p, x, T, w.hidden, act);
-    return {w.hidden, nullptr};
-  }
-#endif
-  if constexpr (D::kUnit == 2 && !D::kQuantized) {
-    project_to_pairs<D, R>(p, x, T, w.hidden, act);
-    return {w.hidden, nullptr};
-  } else {
-    project_to_rows<D, R>(p, x, T, w.hidden, [&](Vec v, int64_t, int) __attribute__((always_inline)) { return act(v); });
-    return words_for<D>(next, w.hidden, T, w);
-  }
-}
-
-template <class D, int R>
-Words project_and_activate(
-    const Projection& p, const Words& x, int T, int activation, const Projection& next, Workspace& w) {
-  switch (activation) {
-    case kRelu: return project_and_activate<D, R, kRelu>(p, x, T, next, w);
-    case kGelu: return project_and_activate<D, R, kGelu>(p, x, T, next, w);
-    case kGeluTanh: return project_and_activate<D, R, kGeluTanh>(p, x, T, next, w);
-    default: return project_and_activate<D, R, kNone>(p, x, T, next, w);
-  }
-}
-
 template <class D, class A, int R>
 void rest_of_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
   const int T = a.T;
@@ -115,7 +69,8 @@ void rest_of_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
   float* y = a.y + tile * a.H * T;
   for (int t = 0; t < T && a.heads > 0; t += R * kLanes) {
     const Queries<R> queries = queries_of<R>(a.spans, tile * T + t);
-    for (int head = 0; head < a.heads; head++) attend<A, R>(a, queries, tile, t, head, w.context, w.attention);
+    for (int head = 0; head < a.heads; head++)
+      attend<A, R>(a, queries, tile, t, head, w.context + a.value_rows[head] * T, w.attention);
   }
   project_and_add<D, R>(a.output, words_for<D>(a.output, w.context, T, w), x, T, w.residual);
   const float* in = w.residual;
@@ -125,7 +80,7 @@ void rest_of_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
   } else {
     layer_norm(w.residual, a.H, T, a.norm1_weight, a.norm1_bias, a.eps, w.residual);
   }
-  const Words hidden = project_and_activate<D, R>(a.fc1, words_for<D>(a.fc1, in, T, w), T, a.activation, a.fc2, w);
+  const Words hidden = project_and_activate<D, R>(a.fc1, words_for<D>(a.fc1, in, T, w), T, a.activation, a.fc2, w.hidden, w);
   project_and_add<D, R>(a.fc2, hidden, w.residual, T, y);
   if (!a.pre_norm) layer_norm(y, a.H, T, a.norm2_weight, a.norm2_bias, a.eps, y);
 }
@@ -134,14 +89,6 @@ template <class D, class A, int R>
 void phase_of_tiles(const EncoderLayer& a, int phase, int64_t from, int64_t to, Workspace& w) {
   for (int64_t tile = from; tile < to; tile++)
     phase == kEncoderProject ? project_tile<D, A, R>(a, tile, w) : rest_of_tile<D, A, R>(a, tile, w);
-}
-
-template <class D>
-void sum_share(const Projection& p, int part, int parts) {
-  if constexpr (D::kShift != 0) {
-    const int64_t block_rows = p.N / p.n;
-    sum_rows<D>(p, block_rows * part / parts * p.n, block_rows * (part + 1) / parts * p.n, p.row_sums);
-  }
 }
 
 // D multiplies weights, A attends where bfloat16 is good enough.
@@ -160,40 +107,33 @@ void encoder_layer(const EncoderLayer& a, int phase, int part, int parts, float*
   a.half_attention ? phase_of_tiles<D, A, kWide>(a, phase, from, to, w) : phase_of_tiles<D, F32, kWide>(a, phase, from, to, w);
 }
 
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-typedef Bf16Dot Attention;
-#else
-typedef F32 Attention;
-#endif
-
 // bfloat16 weights: widened, unless the activations may be bfloat16 as well and blocks have an even number of inputs, or
 // one.
 [[maybe_unused]] void encoder_layer_bfloat(const EncoderLayer& a, int phase, int part, int parts, float* scratch) {
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   bool pairs = a.half;
   const Projection* const all[] = {&a.query, &a.key, &a.value, &a.output, &a.fc1, &a.fc2};
-  for (const Projection* p : all)
-    pairs = pairs && (p->k % 2 == 0 || takes_singles<Bf16Dot>(*p));
-  if (pairs) return encoder_layer<Bf16Dot, Attention>(a, phase, part, parts, scratch);
+  for (const Projection* p : all) pairs = pairs && takes_pairs(*p);
+  if (pairs) return encoder_layer<Bf16Dot, HalfAttention>(a, phase, part, parts, scratch);
 #endif
-  encoder_layer<Bf16Wide, Attention>(a, phase, part, parts, scratch);
+  encoder_layer<Bf16Wide, HalfAttention>(a, phase, part, parts, scratch);
 }
 
 template <template <class> class I8>
 void encoder_layer_int8(const EncoderLayer& a, int phase, int part, int parts, float* scratch) {
-  encoder_layer<I8<float>, Attention>(a, phase, part, parts, scratch);
+  encoder_layer<I8<float>, HalfAttention>(a, phase, part, parts, scratch);
 }
 
 template <class E>
 void pack_share(const EncoderRows& a, int64_t from, int64_t to) {
   for (int64_t i = from; i < to; i++)
-    pack_rows((const E*)a.x, a.source + i * a.T, a.H, a.T, a.stream + i * a.H * a.T);
+    pack_rows<Wide<E>>((const E*)a.x, a.H, a.source + i * a.T, a.H, a.T, a.stream + i * a.H * a.T);
 }
 
 template <class E>
 void unpack_share(const EncoderRows& a, int64_t from, int64_t to) {
   for (int64_t i = from; i < to; i++)
-    unpack_rows(a.stream + i * a.H * a.T, a.source + i * a.T, a.H, a.T, (E*)a.y);
+    unpack_rows(a.stream + i * a.H * a.T, a.source + i * a.T, a.H, a.T, (E*)a.y, a.H);
 }
 
 [[maybe_unused]] void encoder_pack(const EncoderRows& a, int part, int parts, float*) {

@@ -24,6 +24,39 @@ SNLP_INLINE bool takes_singles(const Projection& p) {
 #endif
 }
 
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+// Whether bfloat16 weights can meet bfloat16 inputs: blocks have an even number of inputs, or one.
+inline bool takes_pairs(const Projection& p) { return p.k % 2 == 0 || takes_singles<Bf16Dot>(p); }
+#endif
+
+// Where words_for puts what a projection reads: words [widest][T], and T scales with their inverses.
+struct WordsScratch {
+  float *words, *scales, *inverse;
+};
+
+// The rows of a tile as `p` reads them.
+template <class D>
+Words words_for(const Projection& p, const float* rows, int T, const WordsScratch& w) {
+  if constexpr (D::kUnit == 1 && !D::kQuantized) return {rows, nullptr};
+#if defined(__AVX512BF16__)
+  if (takes_singles<D>(p)) {
+    rows_to_singles(rows, p.K, T, w.words);
+    return {w.words, nullptr};
+  }
+#endif
+  if constexpr (D::kQuantized) token_scales(rows, p.K, T, w.scales, w.inverse);
+  if constexpr (D::kUnit > 1 || D::kQuantized) rows_to_words<D>(rows, p.K, T, w.inverse, w.words);
+  return {w.words, w.scales};
+}
+
+template <class D>
+void sum_share(const Projection& p, int part, int parts) {
+  if constexpr (D::kShift != 0) {
+    const int64_t block_rows = p.N / p.n;
+    sum_rows<D>(p, block_rows * part / parts * p.n, block_rows * (part + 1) / parts * p.n, p.row_sums);
+  }
+}
+
 template <class D>
 using GroupFn = void(const Projection&, const float*, int64_t, const int32_t*, int64_t, int64_t, float*);
 

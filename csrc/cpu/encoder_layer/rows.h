@@ -13,7 +13,7 @@ SNLP_INLINE Vec square_root(Vec v) {
 }
 
 // to[H][T] = LayerNorm(from[H][T]) over the features of each token; may be in place.
-void layer_norm(const float* from, int64_t H, int T, const float* weight, const float* bias, float eps, float* to) {
+[[maybe_unused]] void layer_norm(const float* from, int64_t H, int T, const float* weight, const float* bias, float eps, float* to) {
   for (int t = 0; t < T; t += kLanes) {
     Vec sum[4] = {};
     int64_t h = 0;
@@ -38,7 +38,7 @@ void layer_norm(const float* from, int64_t H, int T, const float* weight, const 
 }
 
 // The scale of each token of rows [K][T] that maps its largest magnitude to 127, and what to multiply by.
-void token_scales(const float* rows, int64_t K, int T, float* scales, float* inverse) {
+[[maybe_unused]] void token_scales(const float* rows, int64_t K, int T, float* scales, float* inverse) {
   for (int t = 0; t < T; t += kLanes) {
     VecI most = {};
     for (int64_t k = 0; k < K; k++) {
@@ -105,28 +105,29 @@ void rows_to_words(const float* rows, int64_t K, int T, const float* inverse, fl
 }
 
 #if defined(__AVX512BF16__)
-void rows_to_singles(const float* rows, int64_t K, int T, float* words) {
+[[maybe_unused]] void rows_to_singles(const float* rows, int64_t K, int T, float* words) {
   for (int64_t k = 0; k < K; k++)
     store_single(words + k * 16, load(rows + k * T), T > 16 ? load(rows + k * T + 16) : Vec{});
 }
 #endif
 
-// Rows [begin, end) of x (row-major, `H` columns) at the places of a tile's tokens; 0 where there is none.
-template <class E>
-void pack_rows(const E* x, const int32_t* source, int64_t H, int T, float* tile) {
+// Features [0, K) of the tokens of a tile as words [K / kUnit][T], 0 where there is no token: token t is row source[t] of
+// x, whose rows lie ld apart, or none if that is negative. To bfloat16, words are floats and rounded.
+template <class D, class To>
+void pack_rows(const typename D::Element* x, int64_t ld, const int32_t* source, int64_t K, int T, To* tile) {
+  const int64_t words = (K + D::kUnit - 1) / D::kUnit;
   for (int t = 0; t < T; t += kLanes)
-    for (int64_t h = 0; h < H; h += kLanes) {
-      const int64_t wide = smaller(kLanes, H - h);
+    for (int64_t w = 0; w < words; w += kLanes) {
       Vec r[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        r[i] = source[t + i] < 0 ? Vec{} : load_first(x + source[t + i] * H + h, wide);
+      for (int i = 0; i < kLanes; i++) r[i] = source[t + i] < 0 ? Vec{} : token_words<D>(x + source[t + i] * ld, w, K, 1);
       transpose(r);
-      for (int i = 0; i < wide; i++) store(tile + (h + i) * T + t, r[i]);
+      for (int i = 0; i < smaller(kLanes, words - w); i++) store(tile + (w + i) * T + t, r[i]);
     }
 }
 
+// Rows [H][T] of a tile back to features [0, H) of the rows source[t] of y.
 template <class E>
-void unpack_rows(const float* tile, const int32_t* source, int64_t H, int T, E* y) {
+void unpack_rows(const float* tile, const int32_t* source, int64_t H, int T, E* y, int64_t ld) {
   for (int t = 0; t < T; t += kLanes)
     for (int64_t h = 0; h < H; h += kLanes) {
       const int64_t wide = smaller(kLanes, H - h);
@@ -134,7 +135,7 @@ void unpack_rows(const float* tile, const int32_t* source, int64_t H, int T, E* 
       for (int i = 0; i < kLanes; i++) r[i] = i < wide ? load(tile + (h + i) * T + t) : Vec{};
       transpose(r);
       for (int i = 0; i < kLanes; i++)
-        if (source[t + i] >= 0) store_first(y + source[t + i] * H + h, r[i], wide);
+        if (source[t + i] >= 0) store_first(y + source[t + i] * ld + h, r[i], wide);
     }
 }
 
