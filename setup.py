@@ -39,7 +39,11 @@ def isa_flags():
 
 ISA_FLAGS = isa_flags()
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
-SHARES_KERNELS_OF = {"encoder_layer": "bsr_linear", "decoder_layers": "bsr_linear"}
+SHARES_KERNELS_OF = {
+    "encoder_layer": ["bsr_linear"],
+    "decoder_layers": ["bsr_linear"],
+    "sparse_ffn": ["encoder_layer", "bsr_linear"],
+}
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 
 
@@ -90,7 +94,7 @@ def torch_directory():
 
 def headers(op):
     """What the kernels of an op include: a change elsewhere need not compile them again."""
-    folders = (op.parent, op, op.parent / SHARES_KERNELS_OF.get(op.name, op.name))
+    folders = (op.parent, op, *(op.parent / other for other in SHARES_KERNELS_OF.get(op.name, [])))
     return [path for path in HEADERS if Path(path).parent in folders]
 
 

@@ -1,4 +1,4 @@
-"""The layers that tests of the fused encoder share, with what they should give."""
+"""The layers and parts of layers that tests of the fused encoder share, with what they should give."""
 
 from __future__ import annotations
 
@@ -7,14 +7,30 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from cases import TOLERANCES
+from cases import TOLERANCES, normal
 from torch import Tensor
 
 from sparsenlp.formats import BlockSparse
 from sparsenlp.formats.encoder import EncoderWeights, SparseProjection
 from sparsenlp.ops.encoder_layer import arguments as encoder_arguments
 from sparsenlp.reference import encoder_layer as encoder_reference
+from sparsenlp.reference import sparse_ffn as ffn_reference
 from sparsenlp.reference.bsr_linear import ACTIVATIONS
+
+
+def random_projection(
+    case: EncoderLayerCase | SparseFfnCase, rows: int, columns: int, generator: torch.Generator
+) -> SparseProjection:
+    """Blocks as the case has them, scaled so that a row's dot product has about unit variance."""
+    n, k = case.block
+    keep = torch.rand(rows // n, columns // k, generator=generator) < case.density
+    keep[: len(keep) * case.empty_rows : 2] = False
+    mask = keep.repeat_interleave(n, 0).repeat_interleave(k, 1)
+    dense = torch.randn(rows, columns, generator=generator) / math.sqrt(max(columns * case.density, 1))
+    dtype = torch.bfloat16 if case.weight_dtype == torch.bfloat16 else torch.float32
+    weight = BlockSparse.from_dense((dense * mask).to(dtype), case.block, mask)
+    bias = torch.randn(rows, generator=generator)
+    return SparseProjection(weight.quantize() if case.weight_dtype == torch.int8 else weight, bias)
 
 
 @dataclass(frozen=True)
@@ -70,15 +86,7 @@ class EncoderLayerCase:
         generator = torch.Generator().manual_seed(self.seed + 2)
 
         def projection(rows: int, columns: int) -> SparseProjection:
-            n, k = self.block
-            keep = torch.rand(rows // n, columns // k, generator=generator) < self.density
-            keep[: len(keep) * self.empty_rows : 2] = False
-            mask = keep.repeat_interleave(n, 0).repeat_interleave(k, 1)
-            dense = torch.randn(rows, columns, generator=generator) / math.sqrt(max(columns * self.density, 1))
-            dtype = torch.bfloat16 if self.weight_dtype == torch.bfloat16 else torch.float32
-            weight = BlockSparse.from_dense((dense * mask).to(dtype), self.block, mask)
-            bias = torch.randn(rows, generator=generator)
-            return SparseProjection(weight.quantize() if self.weight_dtype == torch.int8 else weight, bias)
+            return random_projection(self, rows, columns, generator)
 
         def norm() -> tuple[Tensor, Tensor]:
             weight, bias = torch.randn(2, self.hidden, generator=generator)
@@ -148,4 +156,70 @@ ENCODER_LAYER = [
     *encoder_cases(empty_rows=True),
     *encoder_cases(density=0.0),
     *encoder_cases(hidden=128, heads=((64, 64), (64, 64)), neurons=256, lengths=(70, 3, 129)),
+]
+
+
+@dataclass(frozen=True)
+class SparseFfnCase:
+    """x (*tokens, hidden) through fc1 (neurons, hidden) and fc2 (outputs, neurons)."""
+
+    tokens: tuple[int, ...]
+    hidden: int = 32
+    neurons: int = 64
+    outputs: int = 32
+    block: tuple[int, int] = (8, 4)
+    density: float = 0.3
+    activation: str = "gelu"
+    empty_rows: bool = False
+    weight_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.tokens)) or "vector", f"{self.hidden}-{self.neurons}-{self.outputs}"]
+        parts += ["b" + "x".join(map(str, self.block)), f"d{self.density:g}", self.activation]
+        parts += ["emptyrows"] * self.empty_rows + [str(self.weight_dtype).removeprefix("torch.")]
+        return "-".join(parts + [f"x_{str(self.dtype).removeprefix('torch.')}"] * (self.dtype != torch.float32))
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        """By what is rounded on the way: x and y, or hidden features to int8."""
+        return TOLERANCES["sparse_ffn", torch.int8 if self.weight_dtype == torch.int8 else self.dtype]
+
+    def x(self) -> Tensor:
+        return normal(self.seed, *self.tokens, self.hidden).to(self.dtype)
+
+    def weights(self) -> tuple[SparseProjection, SparseProjection]:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        fc1 = random_projection(self, self.neurons, self.hidden, generator)
+        return fc1, random_projection(self, self.outputs, self.neurons, generator)
+
+    def expected(self) -> Tensor:
+        """What the float64 reference gives for the same rounded inputs and weights."""
+        fc1, fc2 = self.weights()
+        return ffn_reference.sparse_ffn(self.x().double(), fc1.tensors(), fc2.tensors(), self.activation)
+
+
+def ffn_cases(tokens: int | tuple[int, ...] = 33, **options: object) -> list[SparseFfnCase]:
+    """A case with these options for every dtype of weights and x."""
+    settings: dict = {"tokens": (tokens,) if isinstance(tokens, int) else tokens, "block": (8, 4)} | options
+    return [
+        SparseFfnCase(**settings, weight_dtype=weight_dtype, dtype=dtype)
+        for weight_dtype in (torch.float32, torch.bfloat16, torch.int8)
+        for dtype in (torch.float32, torch.bfloat16)
+        if weight_dtype != torch.int8 or settings["block"][1] % 4 == 0
+    ]
+
+
+SPARSE_FFN = [
+    *(case for tokens in (1, 15, 16, 17, 32, 33, 48, 65, 130) for case in ffn_cases(tokens)),
+    *(case for tokens in ((), (0,), (3, 0), (2, 3, 5)) for case in ffn_cases(tokens)),
+    *(case for block in ((8, 1), (8, 2), (8, 8), (16, 16), (4, 1), (1, 1)) for case in ffn_cases(block=block)),
+    *ffn_cases(block=(3, 5), hidden=35, neurons=45, outputs=12),
+    *ffn_cases(block=(5, 4), hidden=20, neurons=60, outputs=85),
+    *(case for activation in ACTIVATIONS for case in ffn_cases(40, activation=activation)),
+    *(case for density in (0.0, 1.0) for case in ffn_cases(density=density)),
+    *ffn_cases(empty_rows=True),
+    *ffn_cases(neurons=0),
+    *ffn_cases(hidden=256, neurons=512, outputs=128, block=(8, 4), density=0.1, tokens=100),
 ]

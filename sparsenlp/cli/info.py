@@ -12,7 +12,15 @@ from ..measure import machine
 from ..ops.bsr_linear import BACKENDS
 from .console import print_json, say
 
-OPS = ("bsr_linear", "nm_linear", "encoder_layer", "decoder_layers", "add_layer_norm", "embed_layer_norm")
+OPS = (
+    "bsr_linear",
+    "nm_linear",
+    "sparse_ffn",
+    "encoder_layer",
+    "decoder_layers",
+    "add_layer_norm",
+    "embed_layer_norm",
+)
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "i8": "int8"}
 
 

@@ -6,6 +6,7 @@ from .decoder_layers import decoder_layers
 from .embed_layer_norm import embed_layer_norm
 from .encoder_layer import encoder_layer, encoder_pack, encoder_unpack
 from .nm_linear import nm_linear
+from .sparse_ffn import sparse_ffn
 
 __all__ = [
     "add_layer_norm",
@@ -17,4 +18,5 @@ __all__ = [
     "encoder_pack",
     "encoder_unpack",
     "nm_linear",
+    "sparse_ffn",
 ]

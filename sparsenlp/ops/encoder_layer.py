@@ -192,23 +192,30 @@ def check_weights(weights: EncoderWeights) -> None:
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"encoder_layer: expected weights of dtype float32, bfloat16 or int8, got {dtype}")
     for name, shape in shapes.items():
-        projection: SparseProjection = getattr(weights, name)
-        if projection.weight.shape != shape:
-            raise ValueError(f"encoder_layer: expected {name} of shape {shape}, got {projection.weight.shape}")
-        if projection.weight.values.dtype != dtype:
-            raise TypeError(f"encoder_layer: expected {name} of dtype {dtype}, got {projection.weight.values.dtype}")
-        if projection.weight.values.device != device:
-            raise ValueError(f"encoder_layer: expected {name} on {device}, got {projection.weight.values.device}")
-        _check_vector(f"bias of {name}", projection.bias, shape[0], device)
+        check_projection("encoder_layer", name, getattr(weights, name), shape, dtype, device)
     for name, norm in (("norm1", weights.norm1), ("norm2", weights.norm2)):
         for vector in norm:
-            _check_vector(name, vector, hidden, device)
+            _check_vector("encoder_layer", name, vector, hidden, device)
 
 
-def _check_vector(name: str, vector: Tensor, size: int, device: torch.device) -> None:
+def check_projection(
+    op: str, name: str, projection: SparseProjection, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise TypeError or ValueError unless the weight has this shape, dtype and device, and the bias fits it."""
+    weight = projection.weight
+    if weight.shape != shape:
+        raise ValueError(f"{op}: expected {name} of shape {shape}, got {weight.shape}")
+    if weight.values.dtype != dtype:
+        raise TypeError(f"{op}: expected {name} of dtype {dtype}, got {weight.values.dtype}")
+    if weight.values.device != device:
+        raise ValueError(f"{op}: expected {name} on {device}, got {weight.values.device}")
+    _check_vector(op, f"bias of {name}", projection.bias, shape[0], device)
+
+
+def _check_vector(op: str, name: str, vector: Tensor, size: int, device: torch.device) -> None:
     if vector.dtype != torch.float32 or vector.shape != (size,) or vector.device != device:
         raise ValueError(
-            f"encoder_layer: expected {name} of shape ({size},) and dtype torch.float32 on {device}, "
+            f"{op}: expected {name} of shape ({size},) and dtype torch.float32 on {device}, "
             f"got {tuple(vector.shape)} and {vector.dtype} on {vector.device}"
         )
 

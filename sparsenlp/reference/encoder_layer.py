@@ -68,7 +68,7 @@ def encoder_layer(
 
     def attend(x: Tensor) -> Tensor:
         x = round_(x)
-        q, k, v = (round_(_project(x, projection)) for projection in (query, key, value))
+        q, k, v = (round_(project(x, projection)) for projection in (query, key, value))
         context = torch.zeros_like(v)
         for first, last in _sequences(spans):
             for head in range(len(query_rows) - 1):
@@ -78,10 +78,10 @@ def encoder_layer(
                     scores = scores + position_bias[head, : last - first, : last - first].to(scores.dtype)
                 rows = slice(value_rows[head], value_rows[head + 1])
                 context[first:last, rows] = round_(scores.softmax(dim=1)) @ v[first:last, rows]
-        return _project(round_(context), output)
+        return project(round_(context), output)
 
     def feed_forward(x: Tensor) -> Tensor:
-        return _project(round_(_project(round_(x), fc1, activation)), fc2)
+        return project(round_(project(round_(x), fc1, activation)), fc2)
 
     x = _tokens(stream)
     if pre_norm:
@@ -111,7 +111,8 @@ def _sequences(spans: Tensor) -> list[tuple[int, int]]:
     return [(first, last) for first, last in used.unique_consecutive(dim=1).t().tolist()]
 
 
-def _project(x: Tensor, projection: list[Tensor], activation: str = "none") -> Tensor:
+def project(x: Tensor, projection: list[Tensor], activation: str = "none") -> Tensor:
+    """act(x Wᵀ + b), (..., K) -> (..., N), in the dtype of x: `projection` as SparseProjection.tensors() has it."""
     crow, col, values, bias, *scales = projection
     if not scales:
         return bsr_linear(x, crow, col, values.to(x.dtype), bias.to(x.dtype), activation)
