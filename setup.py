@@ -43,6 +43,7 @@ SHARES_KERNELS_OF = {
     "encoder_layer": ["bsr_linear"],
     "decoder_layers": ["bsr_linear"],
     "sparse_ffn": ["encoder_layer", "bsr_linear"],
+    "dense_attention": ["encoder_layer"],
 }
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 

@@ -38,6 +38,8 @@ static PyObject* kernels(PyObject*, PyObject*) {
 #include "cpu/encoder_layer/encoder_layer.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "sparse_ffn." #dtype},
 #include "cpu/sparse_ffn/sparse_ffn.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "dense_attention." #dtype},
+#include "cpu/dense_attention/dense_attention.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "add_layer_norm." #dtype},
 #include "cpu/add_layer_norm/add_layer_norm.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "embed_layer_norm." #dtype},

@@ -47,6 +47,8 @@ TOLERANCES = {
     ("sparse_ffn", torch.float32): {"rtol": 2e-6, "atol": 6e-6},
     ("sparse_ffn", torch.bfloat16): {"rtol": 1.6e-2, "atol": 2e-2},
     ("sparse_ffn", torch.int8): {"rtol": 2e-2, "atol": 4e-2},
+    ("dense_attention", torch.float32): {"rtol": 2e-6, "atol": 4e-6},
+    ("dense_attention", torch.bfloat16): {"rtol": 1.6e-2, "atol": 1e-2},
 }
 
 

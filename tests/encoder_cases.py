@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsenlp.formats import BlockSparse
 from sparsenlp.formats.encoder import EncoderWeights, SparseProjection
 from sparsenlp.ops.encoder_layer import arguments as encoder_arguments
+from sparsenlp.reference import dense_attention as attention_reference
 from sparsenlp.reference import encoder_layer as encoder_reference
 from sparsenlp.reference import sparse_ffn as ffn_reference
 from sparsenlp.reference.bsr_linear import ACTIVATIONS
@@ -222,4 +223,96 @@ SPARSE_FFN = [
     *ffn_cases(empty_rows=True),
     *ffn_cases(neurons=0),
     *ffn_cases(hidden=256, neurons=512, outputs=128, block=(8, 4), density=0.1, tokens=100),
+]
+
+
+@dataclass(frozen=True)
+class DenseAttentionCase:
+    """Sequences of `lengths` tokens, padded to the longest; `width` and `value_width` are those of a head."""
+
+    lengths: tuple[int, ...]
+    heads: int = 2
+    width: int = 16
+    value_width: int = 16
+    position_bias: bool = False
+    holes: bool = False  # padding is anywhere in a sequence, not at its end
+    views: bool = False  # of one tensor with queries, keys and values side by side
+    scale: float | None = None
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def __str__(self) -> str:
+        widths = f"{self.heads}x{self.width}:{self.value_width}"
+        parts = ["_".join(map(str, self.lengths)) or "none", widths]
+        parts += ["bias"] * self.position_bias + ["holes"] * self.holes + ["views"] * self.views
+        parts += [f"scale{self.scale}"] * (self.scale is not None)
+        return "-".join(parts + [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        return TOLERANCES["dense_attention", self.dtype]
+
+    def mask(self) -> Tensor:
+        length = max(self.lengths, default=5)
+        order = torch.arange(length)
+        if self.holes:
+            order = order[torch.randperm(length, generator=torch.Generator().manual_seed(self.seed))]
+        return order < torch.tensor(self.lengths, dtype=torch.int64)[:, None]
+
+    def arguments(self) -> dict:
+        """Arguments of dense_attention by name; padding holds NaN."""
+        mask = self.mask()
+        widths = [self.heads * w for w in (self.width, self.width, self.value_width)]
+        together = normal(self.seed, *mask.shape, sum(widths)).to(self.dtype)
+        together[~mask] = torch.nan
+        query, key, value = (
+            together.split(widths, dim=2) if self.views else (t.clone() for t in together.split(widths, 2))
+        )
+        bias = normal(self.seed + 1, self.heads, mask.shape[1], mask.shape[1]) if self.position_bias else None
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "heads": self.heads,
+            "mask": None if bool(mask.all()) else mask,
+            "scale": self.scale,
+            "position_bias": bias,
+        }
+
+    def expected(self) -> Tensor:
+        """What the float64 reference gives for the same rounded inputs."""
+        names = ("query", "key", "value")
+        arguments = {n: t.double() if n in names else t for n, t in self.arguments().items()}
+        scale = self.width**-0.5 if self.scale is None else self.scale
+        return attention_reference.dense_attention(**arguments | {"scale": scale})
+
+
+def attention_cases(*lengths: int, **options: object) -> list[DenseAttentionCase]:
+    return [DenseAttentionCase(lengths, **options, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+
+DENSE_ATTENTION = [
+    *(case for length in (1, 2, 15, 16, 17, 31, 32, 33, 48, 65, 129, 300) for case in attention_cases(length)),
+    *(
+        case
+        for width in (1, 3, 5, 8, 20, 64, 100, 256)
+        for case in attention_cases(40, 7, width=width, value_width=width)
+    ),
+    *(case for widths in ((4, 24), (33, 2)) for case in attention_cases(20, width=widths[0], value_width=widths[1])),
+    *attention_cases(20, value_width=0),
+    *(case for lengths in ((5, 1, 17, 30), (33, 33), (1, 1), (140, 3)) for case in attention_cases(*lengths)),
+    *(case for lengths in ((5, 0, 17), (0,), (0, 0)) for case in attention_cases(*lengths)),
+    *(case for lengths in ((), (0, 30, 0)) for case in attention_cases(*lengths, views=True)),
+    *(
+        case
+        for holes in (False, True)
+        for bias in (False, True)
+        for case in attention_cases(50, 9, 0, 36, holes=holes, position_bias=bias, views=True)
+    ),
+    *(case for views in (False, True) for case in attention_cases(70, 70, 70, heads=3, views=views, scale=0.3)),
+    *attention_cases(200, 180, heads=1, width=64, value_width=64, position_bias=True),
 ]

@@ -16,6 +16,7 @@ OPS = (
     "bsr_linear",
     "nm_linear",
     "sparse_ffn",
+    "dense_attention",
     "encoder_layer",
     "decoder_layers",
     "add_layer_norm",

@@ -3,6 +3,7 @@
 from .add_layer_norm import add_layer_norm
 from .bsr_linear import bsr_linear, bsr_linear_add_
 from .decoder_layers import decoder_layers
+from .dense_attention import dense_attention
 from .embed_layer_norm import embed_layer_norm
 from .encoder_layer import encoder_layer, encoder_pack, encoder_unpack
 from .nm_linear import nm_linear
@@ -13,6 +14,7 @@ __all__ = [
     "bsr_linear",
     "bsr_linear_add_",
     "decoder_layers",
+    "dense_attention",
     "embed_layer_norm",
     "encoder_layer",
     "encoder_pack",
