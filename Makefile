@@ -42,6 +42,8 @@ format: build
 bench: build
 	$(BIN)/python bench/bsr_linear.py $(if $(wildcard runs/demo/sparse90),--model runs/demo/sparse90) $(BENCH)
 	$(BIN)/python bench/nm_linear.py
+	$(BIN)/python bench/sparse_ffn.py
+	$(BIN)/python bench/dense_attention.py
 	$(BIN)/python bench/add_layer_norm.py
 	$(BIN)/python bench/embed_layer_norm.py
 	$(BIN)/python bench/decode.py

@@ -226,6 +226,27 @@ def test_bench_of_norms(op, tmp_path):
         assert row["speedup"]["p20"] <= row["speedup"]["median"] <= row["speedup"]["p80"]
 
 
+@pytest.mark.parametrize(
+    ("op", "dtypes", "baselines"),
+    [
+        ("sparse_ffn", ["f32", "bf16", "int8"], {"torch", "two bsr_linear"}),
+        ("dense_attention", ["f32", "bf16"], {"torch", "compiled"}),
+    ],
+)
+def test_bench_of_layer_parts(op, dtypes, baselines, tmp_path):
+    command = [sys.executable, str(BENCH / f"{op}.py"), "--quick", "--threads", "1", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / f"{op}.json").read_text("utf-8"))["results"]
+    assert [row["dtype"] for row in rows] == dtypes
+    for row in rows:
+        operations = row["flops"] * row["seconds"][op]["median"]
+        dense = 4 * 12 * 32 * 32 * 32 if op == "dense_attention" else 0.1 * 2 * 32 * 2 * 384 * 1536
+        assert operations == pytest.approx(dense, rel=1e-3 if op == "dense_attention" else 0.1)
+        assert row["speedup"].keys() == baselines
+        assert all(r["p20"] <= r["median"] <= r["p80"] for r in row["speedup"].values())
+
+
 def test_decode(tmp_path):
     pytest.importorskip("transformers", reason="the model comes from transformers")
     command = [sys.executable, str(BENCH / "decode.py"), "--quick", "--random", "--output", str(tmp_path)]
