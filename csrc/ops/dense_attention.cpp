@@ -1,5 +1,6 @@
 // dense_attention: checks, which token goes to which lane, and allocation.
 #include "../cpu/dense_attention/dense_attention.h"
+#include "../cpu/encoder_layer/encoder_layer.h"
 
 #include <algorithm>
 #include <cstring>
@@ -89,8 +90,10 @@ Tensor dense_attention(
   DenseAttention a{};
   if (position_bias_any) {
     STD_TORCH_CHECK(position_bias_any->scalar_type() == ScalarType::Float && position_bias_any->dim() == 3 &&
-                        position_bias_any->size(0) == heads && position_bias_any->size(1) == S && position_bias_any->size(2) == S,
-                    "dense_attention: expected a float32 position_bias of shape (", heads, ", ", S, ", ", S, ")");
+                        position_bias_any->size(0) == heads && position_bias_any->size(1) == S && position_bias_any->size(2) == S &&
+                        S <= kMostPositions,
+                    "dense_attention: expected a float32 position_bias of shape (", heads, ", ", S, ", ", S, "), S at most ",
+                    kMostPositions);
     position_bias = as_contiguous(*position_bias_any);
     a.position_bias = static_cast<const float*>(position_bias->data_ptr());
     a.side = S;

@@ -102,8 +102,8 @@ Tensor encoder_layer(
   a.value_rows = value_rows.data();
   if (position_bias) {
     STD_TORCH_CHECK(is_plain(*position_bias, ScalarType::Float, 3) && position_bias->size(0) == a.heads &&
-                        position_bias->size(1) == position_bias->size(2),
-                    "encoder_layer: expected a contiguous float32 position_bias (heads, S, S)");
+                        position_bias->size(1) == position_bias->size(2) && position_bias->size(1) <= kMostPositions,
+                    "encoder_layer: expected a contiguous float32 position_bias (heads, S, S), S at most ", kMostPositions);
     a.position_bias = static_cast<const float*>(position_bias->data_ptr());
     a.side = position_bias->size(1);
   }

@@ -49,16 +49,33 @@ Queries<R> queries_of(const Spans& spans, int64_t token0) {
   return q;
 }
 
+SNLP_INLINE Vec gather(const float* table, VecI at) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_i32gather_ps((__m512i)at, table, 4);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_i32gather_ps(table, (__m256i)at, 4);
+#else
+  Vec values;
+  for (int i = 0; i < kLanes; i++) values[i] = table[at[i]];
+  return values;
+#endif
+}
+
 // The bias of kLanes queries (from packed token on) for a key, by their positions within their sequences.
 SNLP_INLINE Vec position_bias(const AttentionTiles& a, int head, int64_t token, VecI first, int64_t key) {
-  Vec bias = {};
-  const float* table = a.position_bias + head * a.side * a.side;
-  for (int i = 0; i < kLanes; i++) {
-    const int64_t q = a.positions ? a.positions[token + i] : token + i - first[i];
-    const int64_t k = a.positions ? a.positions[key] : key - first[i];
-    if (k >= 0 && k < a.side && q < a.side) bias[i] = table[q * a.side + k];
+  VecI q, k;
+  for (int i = 0; i < kLanes; i++) q[i] = (int32_t)token + i;
+  if (a.positions) {
+    q = load_lanes<int32_t, kLanes>(a.positions + token);
+    k = VecI{} + a.positions[key];
+  } else {
+    q -= first;
+    k = (int32_t)key - first;
   }
-  return bias;
+  const int32_t side = (int32_t)a.side;
+  const VecI inside = (k >= 0) & (k < side) & (q < side);
+  const Vec bias = gather(a.position_bias + head * a.side * a.side, (q * side + k) & inside);
+  return (Vec)((VecI)bias & inside);
 }
 
 // scores[T][W] of the queries with all keys of one tile; the largest so far is updated.

@@ -23,13 +23,16 @@ struct Spans {
   const int32_t* last;
 };
 
+// Places in a table of one head's position bias are counted in 32 bits.
+constexpr int64_t kMostPositions = 46340;
+
 // What attention reads: heads, and the queries, keys and values of tokens in tiles of T.
 struct AttentionTiles {
   const int32_t* positions;    // of each token in its sequence, or null: those in which tokens are packed
   const int64_t* query_rows;   // heads + 1: head h owns rows [query_rows[h], query_rows[h + 1]) of queries and keys
   const int64_t* value_rows;   // heads + 1: the same of values
   const float* position_bias;  // heads x side x side, or null: added to the scores of (query, key) by their positions
-  int64_t side;
+  int64_t side;                // at most kMostPositions
   int T;  // 16 or 32
   int heads;
   float scale;
