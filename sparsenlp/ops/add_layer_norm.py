@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,7 @@ def add_layer_norm(
         raise ValueError(f"add_layer_norm: expected a floating x (..., H), got {x.dtype} of shape {tuple(shape)}")
     if residual is not None:
         check_like("add_layer_norm", "residual", residual, shape, x)
-    check_like("add_layer_norm", "weight", weight, shape[-1:], x)
-    if bias is not None:
-        check_like("add_layer_norm", "bias", bias, shape[-1:], x)
+    check_norm("add_layer_norm", weight, bias, shape[-1], x)
     if choose_backend("add_layer_norm", x, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return reference.add_layer_norm(x, residual, weight, bias, eps)
@@ -56,10 +54,22 @@ def add_layer_norm(
 
 def call(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """add_layer_norm on CPU tensors of a native dtype, for layers: the op itself checks shapes and dtypes."""
+    return call_op(_op, x, residual, weight, bias, eps)
+
+
+def call_op(op: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """op(*arguments); without gradients, past the Python of register_autograd, which takes 5 to 10 us a call."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _op(x, residual, weight, bias, eps)
-    with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
-        return _op(x, residual, weight, bias, eps)
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def check_norm(op: str, weight: Tensor, bias: Tensor | None, hidden: int, like: Tensor) -> None:
+    """Raise unless weight and bias are (hidden,), of the dtype and device of `like`."""
+    check_like(op, "weight", weight, (hidden,), like)
+    if bias is not None:
+        check_like(op, "bias", bias, (hidden,), like)
 
 
 def check_like(op: str, name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> None:

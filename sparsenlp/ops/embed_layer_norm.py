@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native
 from ..reference import add_layer_norm as norm_reference
 from ..reference import embed_layer_norm as reference
-from .add_layer_norm import check_like, choose_backend
+from .add_layer_norm import call_op, check_like, check_norm, choose_backend
 
 
 def embed_layer_norm(
@@ -70,10 +70,7 @@ def call(
 ) -> Tensor:
     """embed_layer_norm on CPU tensors of a native dtype, for layers: the op itself checks what layers do not know."""
     tensors = (ids, word, position, token_type, position_ids, token_type_ids, weight, bias)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _op(*tensors, eps, padding_idx)
-    with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
-        return _op(*tensors, eps, padding_idx)
+    return call_op(_op, *tensors, eps, padding_idx)
 
 
 def _check(
@@ -113,9 +110,7 @@ def _check(
     for name, table in (("position", position), ("token_type", token_type)):
         if table is not None:
             check_like(op, name, table, (table.shape[0] if table.dim() else 0, hidden), word)
-    for name, row in (("weight", weight), ("bias", bias)):
-        if row is not None:
-            check_like(op, name, row, (hidden,), word)
+    check_norm(op, weight, bias, hidden, word)
     if token_type is not None and not token_type.shape[0]:
         raise ValueError(f"{op}: expected at least one row in token_type, got none")
     if position is not None and position_ids is None and padding_idx is None:

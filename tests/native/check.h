@@ -14,6 +14,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "../../csrc/cpu/isa.h"
+
 enum Dtype { f32, bf16, i8 };
 
 inline const char* dtype_name(Dtype dtype) {
@@ -165,3 +167,15 @@ class Failures {
  private:
   int64_t count_ = 0;
 };
+
+// How often each kernel of a list ran, and the outcome, which is what main returns.
+template <class Entry, size_t size>
+int report(const char* op, const char* what, const Entry (&kernels)[size], const Failures& failures) {
+  for (const Entry& kernel : kernels)
+    if (isa_supported(kernel.isa))
+      printf("%-8s %-5s %-12s %8ld calls\n", what, dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
+    else
+      printf("%-8s %-5s %-12s not run: this CPU lacks it\n", what, dtype_name(kernel.dtype), isa_name(kernel.isa));
+  printf("%s: %s\n", op, failures.count() ? "FAILED" : "all correct");
+  return failures.count() != 0;
+}

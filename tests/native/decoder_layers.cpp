@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "../../csrc/cpu/activation.h"
-#include "../../csrc/cpu/isa.h"
 #include "check.h"
 
 #define FORWARD(isa, dtype, suffix) DecoderLayersKernel decoder_layers_##dtype##_##suffix;
@@ -216,11 +215,5 @@ int main(int count, char** arguments) {
           }
     }
   }
-  for (const Entry& kernel : kernels)
-    if (isa_supported(kernel.isa))
-      printf("phases   %-5s %-12s %8ld calls\n", dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
-    else
-      printf("phases   %-5s %-12s not run: this CPU lacks it\n", dtype_name(kernel.dtype), isa_name(kernel.isa));
-  printf("decoder_layers: %s\n", failures.count() ? "FAILED" : "all correct");
-  return failures.count() != 0;
+  return report("decoder_layers", "phases", kernels, failures);
 }

@@ -3,7 +3,6 @@
 
 #include <vector>
 
-#include "../../csrc/cpu/isa.h"
 #include "check.h"
 
 #define FORWARD(isa, dtype, suffix) DenseAttentionKernel dense_attention_##dtype##_##suffix;
@@ -153,11 +152,5 @@ int main(int count, char** arguments) {
         const int parts[] = {1, 2, 3, 7};
         run(problem, random.below(2), parts[random.below(4)]);
       }
-  for (const Entry& kernel : kernels)
-    if (isa_supported(kernel.isa))
-      printf("forward  %-5s %-12s %8ld calls\n", dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
-    else
-      printf("forward  %-5s %-12s not run: this CPU lacks it\n", dtype_name(kernel.dtype), isa_name(kernel.isa));
-  printf("dense_attention: %s\n", failures.count() ? "FAILED" : "all correct");
-  return failures.count() != 0;
+  return report("dense_attention", "forward", kernels, failures);
 }

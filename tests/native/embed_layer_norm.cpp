@@ -3,7 +3,6 @@
 
 #include <vector>
 
-#include "../../csrc/cpu/isa.h"
 #include "layer_norm.h"
 
 #define FORWARD(isa, dtype, suffix) EmbedLayerNormKernel embed_layer_norm_##dtype##_##suffix;
@@ -97,11 +96,5 @@ int main(int count, char** arguments) {
           run(dtype, 1 + random.below(3), 1 + random.below(4), H, positions, types, random.below(2),
               parts[random.below(4)], random);
         }
-  for (const Entry& kernel : kernels)
-    if (isa_supported(kernel.isa))
-      printf("forward  %-5s %-12s %8ld calls\n", dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
-    else
-      printf("forward  %-5s %-12s not run: this CPU lacks it\n", dtype_name(kernel.dtype), isa_name(kernel.isa));
-  printf("embed_layer_norm: %s\n", failures.count() ? "FAILED" : "all correct");
-  return failures.count() != 0;
+  return report("embed_layer_norm", "forward", kernels, failures);
 }

@@ -4,7 +4,6 @@
 #include <numeric>
 #include <vector>
 
-#include "../../csrc/cpu/isa.h"
 #include "activated.h"
 #include "projection.h"
 
@@ -262,11 +261,5 @@ int main(int count, char** arguments) {
         run_rows(problem, parts[random.below(4)]);
         run_layer(problem, parts[random.below(4)]);
       }
-  for (const Entry& kernel : kernels)
-    if (isa_supported(kernel.isa))
-      printf("layer    %-5s %-12s %8ld calls\n", dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
-    else
-      printf("layer    %-5s %-12s not run: this CPU lacks it\n", dtype_name(kernel.dtype), isa_name(kernel.isa));
-  printf("encoder_layer: %s\n", failures.count() ? "FAILED" : "all correct");
-  return failures.count() != 0;
+  return report("encoder_layer", "layer", kernels, failures);
 }

@@ -3,7 +3,6 @@
 
 #include <vector>
 
-#include "../../csrc/cpu/isa.h"
 #include "activated.h"
 #include "check.h"
 
@@ -131,11 +130,5 @@ int main(int count, char** arguments) {
             const int parts[] = {1, 2, 3, 7};
             run(problem, random.below(2), random.below(2), (int)random.below(kActivationCount), parts[random.below(4)], junk);
           }
-  for (const Entry& kernel : kernels)
-    if (isa_supported(kernel.isa))
-      printf("forward  %-5s %-12s %8ld calls\n", dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
-    else
-      printf("forward  %-5s %-12s not run: this CPU lacks it\n", dtype_name(kernel.dtype), isa_name(kernel.isa));
-  printf("nm_linear: %s\n", failures.count() ? "FAILED" : "all correct");
-  return failures.count() != 0;
+  return report("nm_linear", "forward", kernels, failures);
 }

@@ -3,7 +3,6 @@
 
 #include <numeric>
 
-#include "../../csrc/cpu/isa.h"
 #include "activated.h"
 #include "projection.h"
 
@@ -101,11 +100,5 @@ int main(int count, char** arguments) {
           const int parts[] = {1, 2, 3, 7};
           run(s, dtype, parts[random.below(4)], random);
         }
-  for (const Entry& kernel : kernels)
-    if (isa_supported(kernel.isa))
-      printf("forward  %-5s %-12s %8ld calls\n", dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
-    else
-      printf("forward  %-5s %-12s not run: this CPU lacks it\n", dtype_name(kernel.dtype), isa_name(kernel.isa));
-  printf("sparse_ffn: %s\n", failures.count() ? "FAILED" : "all correct");
-  return failures.count() != 0;
+  return report("sparse_ffn", "forward", kernels, failures);
 }
