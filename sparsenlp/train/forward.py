@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset
+from ..modes import evaluating
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor], hidden_states: bool = False, bf16: bool = False) -> Any:
@@ -31,25 +32,6 @@ def check_classes(model: nn.Module, data: TokenizedDataset) -> None:
     highest = int(data.labels.max())
     if highest >= classes:
         raise ValueError(f"labels: expected indices below the model's {classes} classes, got {highest}")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of a `with` block; afterwards each module has its own mode again."""
-    with mode(model, training=False):
-        yield
-
-
-@contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode for the length of a `with` block."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset, shuffled_batches
+from ..modes import mode
 from .config import TrainingConfig
 from .distributed import Processes, current_processes
 from .forward import device_of, frozen_embeddings, mode, plain_attention
