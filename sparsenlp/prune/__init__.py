@@ -9,6 +9,7 @@ from .movement import MovementMask, harden_, movement_, movement_penalty
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from .permute import Permutation, permute_
 from .proximal import proximal_step_
+from .reconstruct import block_obs, sparsegpt, wanda
 from .schedules import cubic_sparsity
 from .scores import score_layers
 from .statistics import (
@@ -45,6 +46,7 @@ __all__ = [
     "Threshold",
     "Unstructured",
     "Vocabulary",
+    "block_obs",
     "channel_scores",
     "collector",
     "cubic_sparsity",
@@ -75,6 +77,8 @@ __all__ = [
     "remove_units_",
     "row_masks",
     "score_layers",
+    "sparsegpt",
     "sparsity_of",
     "structure_scores",
+    "wanda",
 ]

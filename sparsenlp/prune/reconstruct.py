@@ -60,7 +60,7 @@ def sparsegpt(
     ranked = step if isinstance(pattern, NM) and sparsity == pattern.max_sparsity else block_size
     columns = weight.detach().float().t().contiguous()  # [K, N]: a column of the weight is contiguous
     mask = torch.ones_like(columns, dtype=torch.bool)
-    count = weight.numel() // _unit_size(pattern)
+    count = weight.numel() // unit_size(pattern)
     pruned = 0
     for start in range(0, total, block_size):
         stop = min(start + block_size, total)
@@ -132,7 +132,7 @@ def block_obs(
     inverse Fisher that is not positive definite, or a sparsity out of range.
     """
     _check("block_obs", weight, pattern, sparsity, previous)
-    unit, size = _unit_size(pattern), inverse_fisher.shape[-1]
+    unit, size = unit_size(pattern), inverse_fisher.shape[-1]
     if inverse_fisher.shape != (weight.numel() // size, size, size) or weight.numel() % size or size % unit:
         raise ValueError(
             f"block_obs: expected an inverse Fisher (G, B, B) with G * B = {weight.numel()} and B a multiple of "
@@ -173,7 +173,7 @@ def _restore(arranged: Tensor, pattern: Pattern, like: Tensor) -> Tensor:
     return arranged.reshape(shape).transpose(1, 2).reshape(like.shape)
 
 
-def _unit_size(pattern: Pattern) -> int:
+def unit_size(pattern: Pattern) -> int:
     """Weights of a unit."""
     return pattern.n * pattern.k if isinstance(pattern, Block) else 1
 
