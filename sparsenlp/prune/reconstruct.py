@@ -18,6 +18,8 @@ Solution = tuple[Tensor, Tensor]
 
 _GROUPS_AT_ONCE = 1 << 14  # of an inverse Fisher, which are solved in float64
 
+_LAZY = 16  # columns whose updates reach later columns at once; few enough that each step works on one core's cache
+
 _PRUNED = -1.0  # below every score, so that what is pruned already goes first
 
 
@@ -38,7 +40,7 @@ def sparsegpt(
     pattern     what is removed together
     sparsity    fraction of zeros, in [0, 1)
     dampening   of the gram's mean diagonal, added to its diagonal
-    block_size  columns whose units are ranked together, and whose updates reach later columns at once
+    block_size  columns whose units are ranked together
     previous    (N, K) bool mask of whole units, outside of which `weight` is zero: what is pruned stays pruned
     returns     (mask, new weight); round(sparsity * units) units are pruned, at least one is kept
 
@@ -56,28 +58,29 @@ def sparsegpt(
     total = weight.shape[1]
     factor = _inverse_factor(gram, total, dampening)
     step = pattern.m if isinstance(pattern, NM) else pattern.k if isinstance(pattern, Block) else 1
-    block_size = max(block_size // step, 1) * step
-    ranked = step if isinstance(pattern, NM) and sparsity == pattern.max_sparsity else block_size
+    ranked = max(block_size // step, 1) * step
+    if isinstance(pattern, NM) and sparsity == pattern.max_sparsity:
+        ranked = step
+    lazy = _LAZY // ranked * ranked or next(width for width in range(_LAZY, 0, -1) if ranked % width == 0)
     columns = weight.detach().float().t().contiguous()  # [K, N]: a column of the weight is contiguous
     mask = torch.ones_like(columns, dtype=torch.bool)
-    count = weight.numel() // unit_size(pattern)
-    pruned = 0
-    for start in range(0, total, block_size):
-        stop = min(start + block_size, total)
-        inside, part = factor[start:stop, start:stop], columns[start:stop]
-        errors = torch.empty_like(part)
-        for j in range(stop - start):
+    count, pruned = weight.numel() // unit_size(pattern), 0
+    for start in range(0, total, lazy):
+        stop = min(start + lazy, total)
+        errors = torch.empty_like(columns[start:stop])
+        for j in range(start, stop):
             if j % ranked == 0:
-                scores = (part[j : j + ranked] / inside.diagonal()[j : j + ranked, None]).square().t()
-                end = start + j + scores.shape[1]
-                seen = None if previous is None else previous[:, start + j : end]
+                end = min(j + ranked, total)
+                scores = (columns[j:end] / factor.diagonal()[j:end, None]).square().t().contiguous()
+                seen = None if previous is None else previous[:, j:end]
                 goal = _target(count * end // total, count, pattern, sparsity)
-                chosen, removed = _drop_lowest(scores.contiguous(), pattern, goal - pruned, seen)
-                mask[start + j : end] = chosen.t()
+                chosen, removed = _drop_lowest(scores, pattern, goal - pruned, seen)
+                mask[j:end] = chosen.t()
                 pruned += removed
-            errors[j] = (part[j] / inside[j, j]).masked_fill_(mask[start + j], 0)
-            part[j].masked_fill_(~mask[start + j], 0)
-            part[j + 1 :].addr_(inside[j, j + 1 :], errors[j], alpha=-1)
+            gone = errors[j - start].copy_(columns[j]).masked_fill_(mask[j], 0)
+            columns[j] -= gone
+            gone /= factor[j, j]
+            columns[j + 1 : stop].addr_(factor[j, j + 1 : stop], gone, alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return mask.t().contiguous(), columns.t().contiguous().to(weight.dtype)
 
