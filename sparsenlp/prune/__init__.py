@@ -4,6 +4,7 @@ from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
 from .channels import channel_scores, remove_filters_, remove_units_
 from .criteria import CRITERIA, Criterion, find_criterion
 from .layers import default_filter, masked_layers, prunable
+from .layerwise import find_blocks, sparsegpt_, wanda_
 from .masks import Threshold, global_masks, local_masks, row_masks
 from .movement import MovementMask, harden_, movement_, movement_penalty
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
@@ -52,6 +53,7 @@ __all__ = [
     "cubic_sparsity",
     "default_filter",
     "finalize_",
+    "find_blocks",
     "find_criterion",
     "fisher_from_adam",
     "global_masks",
@@ -78,7 +80,9 @@ __all__ = [
     "row_masks",
     "score_layers",
     "sparsegpt",
+    "sparsegpt_",
     "sparsity_of",
     "structure_scores",
     "wanda",
+    "wanda_",
 ]

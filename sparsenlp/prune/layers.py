@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
+
+if TYPE_CHECKING:
+    from .patterns import Pattern
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -99,6 +103,44 @@ def mask_of(layer: nn.Linear) -> Mask | None:
 def torch_mask_of(layer: nn.Linear) -> Tensor | None:
     """The mask (N, K) of 0 and 1 that torch.nn.utils.prune keeps for a layer's weight, None without one."""
     return layer._buffers.get("weight_mask") if "weight_orig" in layer._parameters else None
+
+
+def solvable(
+    caller: str, model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None = None
+) -> dict[str, nn.Linear]:
+    """The layers of `prunable`, checked for a solver, which writes weights and masks.
+
+    Raises ValueError, beginning with `caller` and naming the layer, for a shape that the pattern does not divide, a
+    weight that is computed or tied to another selected layer's, and masks of another pattern.
+    """
+    layers = prunable(model, filter_fn)
+    owners: dict[Tensor, str] = {}
+    for name, layer in layers.items():
+        try:
+            present = mask_of(layer)
+            pattern.check((layer.out_features, layer.in_features))
+        except ValueError as error:
+            raise ValueError(f"{caller}: {name or type(layer).__name__}: {error}") from None
+        if present is not None and present.pattern != str(pattern):
+            raise ValueError(
+                f"{caller}: expected pattern {present.pattern}, which {name} has been pruned to, got {pattern}; "
+                "call finalize_ first"
+            )
+        owner = owners.setdefault(trainable_weight(layer), name)
+        if owner != name:
+            raise ValueError(f"{caller}: expected weights of their own, got {name} tied to {owner}; select one of them")
+    return layers
+
+
+@torch.no_grad()
+def apply_solution_(layer: nn.Linear, mask: Tensor, weight: Tensor, pattern: Pattern) -> None:
+    """Give a layer a new weight (N, K) and the mask that it keeps; a mask that it carries is replaced."""
+    trainable_weight(layer).copy_(weight)
+    present = mask_of(layer)
+    if present is not None:
+        present.mask.copy_(mask)
+    else:
+        parametrize.register_parametrization(layer, "weight", Mask(mask, str(pattern)))
 
 
 def masked_layers(model: nn.Module) -> dict[str, nn.Linear]:
