@@ -2,7 +2,8 @@
 
 from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
 from .channels import channel_scores, remove_filters_, remove_units_
-from .criteria import CRITERIA, Criterion, find_criterion
+from .criteria import CRITERIA, Criterion, GradientStatistics, find_criterion
+from .fisher import EmpiricalFisher, block_obs_
 from .layers import default_filter, masked_layers, prunable
 from .layerwise import find_blocks, sparsegpt_, wanda_
 from .masks import Threshold, global_masks, local_masks, row_masks
@@ -36,6 +37,7 @@ __all__ = [
     "NM",
     "Block",
     "Criterion",
+    "EmpiricalFisher",
     "GradientStatistics",
     "InputStatistics",
     "LayerStatistics",
@@ -48,6 +50,7 @@ __all__ = [
     "Unstructured",
     "Vocabulary",
     "block_obs",
+    "block_obs_",
     "channel_scores",
     "collector",
     "cubic_sparsity",
