@@ -5,6 +5,7 @@ from .distill import CachedTeacher
 from .evaluate import accuracy, agreement, cosine_similarity, kl_divergence, predict
 from .finetune import finetune
 from .loop import StepInfo, TrainingLog
+from .perplexity import masked_perplexity, perplexity
 from .recover import recover
 from .validation import Evaluation
 
@@ -21,6 +22,8 @@ __all__ = [
     "cosine_similarity",
     "finetune",
     "kl_divergence",
+    "masked_perplexity",
+    "perplexity",
     "predict",
     "recover",
 ]
