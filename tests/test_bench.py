@@ -267,3 +267,20 @@ def test_decode(tmp_path):
     assert rows["80%"]["bytes"]["layers"] == pytest.approx(0.2 * indexed * dense["bytes"]["layers"], rel=0.01)
     assert rows["80%"]["bytes"]["head"] == dense["bytes"]["head"] > 4 * rows["80%, sparse head"]["bytes"]["head"]
     assert [t["got"] for t in record["targets"]] == [rows[n]["time_over_dense"]["median"] for n in [*rows][2:]]
+
+
+def test_perplexity(tmp_path):
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(BENCH / "perplexity.py"), "--quick", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "perplexity.json").read_text(encoding="utf-8"))
+    cells = {(row["method"], row["pattern"]): row for row in record["results"]}
+    methods, patterns = ("sparsegpt", "wanda", "magnitude"), ("unstructured", "2:4", "8x1")
+    assert cells.keys() == {("dense", ""), *((m, p) for m in methods for p in patterns)}
+    for row in record["results"]:
+        assert row["sparsity"] == (0.0 if row["method"] == "dense" else 0.5)
+        assert 90 < row["perplexity"] < 115, "a random model of 100 tokens"
+    for row in record["targets"]:
+        assert row["reached"] == (row["value"] <= row["target"])
+    assert "sparsegpt 2:4, perplexity" in {row["title"] for row in record["targets"]}
