@@ -36,6 +36,7 @@ def sparsegpt_(
     sparsity: float,
     dampening: float = 0.01,
     block_size: int = 128,
+    refine_steps: int = 0,
     filter_fn: FilterFn | None = None,
     blocks: str | None = None,
     rollback: bool = True,
@@ -61,7 +62,14 @@ def sparsegpt_(
     shape that the pattern does not divide, masks of another pattern, weights that are tied or computed, too few
     tokens, activations that are not finite, and blocks that do not run once each, one on the output of the other.
     """
-    solve = partial(sparsegpt, pattern=pattern, sparsity=sparsity, dampening=dampening, block_size=block_size)
+    solve = partial(
+        sparsegpt,
+        pattern=pattern,
+        sparsity=sparsity,
+        dampening=dampening,
+        block_size=block_size,
+        refine_steps=refine_steps,
+    )
     selected = _Selection.of("sparsegpt_", model, pattern, sparsity, filter_fn, blocks)
     selected.tokens_needed = max(layer.in_features for layer in selected.layers.values())
     return _prune_blocks(selected, batches, solve, _gram, rollback, progress)

@@ -118,6 +118,21 @@ def test_sparsegpt_reconstructs_better_than_wanda_and_magnitude(pattern):
     assert by_sparsegpt < by_wanda < by_magnitude
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_refining_reaches_the_least_squares_of_the_mask(pattern):
+    weight, inputs = problem()
+    gram = inputs.t() @ inputs
+    mask, swept = sparsegpt(weight, gram, pattern, 0.5, dampening=0.0)
+    same, refined = sparsegpt(weight, gram, pattern, 0.5, dampening=0.0, refine_steps=60)
+    assert torch.equal(mask, same)
+    assert error(weight, refined, inputs) < error(weight, swept, inputs)
+    for row in range(4):
+        kept = mask[row]
+        exact = torch.linalg.lstsq(inputs[:, kept], inputs @ weight[row][:, None]).solution[:, 0]
+        torch.testing.assert_close(refined[row][kept], exact, atol=1e-3, rtol=1e-3)
+        assert not refined[row][~kept].any()
+
+
 def test_sparsegpt_does_not_depend_on_the_scale_of_the_gram_nor_change_its_arguments():
     weight, inputs = problem()
     gram = inputs.t() @ inputs
