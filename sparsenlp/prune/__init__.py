@@ -2,7 +2,7 @@
 
 from .api import finalize_, layer_sparsity, mask_zeros_, prune_, sparsity_of
 from .channels import channel_scores, remove_filters_, remove_units_
-from .criteria import CRITERIA, Criterion, GradientStatistics, find_criterion
+from .criteria import CRITERIA, Criterion, find_criterion
 from .fisher import EmpiricalFisher, block_obs_
 from .layers import default_filter, masked_layers, prunable
 from .layerwise import find_blocks, sparsegpt_, wanda_

@@ -126,6 +126,11 @@ def solvable(
                 f"{caller}: expected pattern {present.pattern}, which {name} has been pruned to, got {pattern}; "
                 "call finalize_ first"
             )
+        if torch_mask_of(layer) is not None:
+            raise ValueError(
+                f"{caller}: expected {name} without a mask of torch.nn.utils.prune, got one; "
+                "torch.nn.utils.prune.remove makes its zeros plain weights"
+            )
         owner = owners.setdefault(trainable_weight(layer), name)
         if owner != name:
             raise ValueError(f"{caller}: expected weights of their own, got {name} tied to {owner}; select one of them")

@@ -17,7 +17,7 @@ from ..data import TokenizedDataset, shuffled_batches
 from ..modes import mode
 from .config import TrainingConfig
 from .distributed import Processes, current_processes
-from .forward import device_of, frozen_embeddings, mode, plain_attention
+from .forward import device_of, frozen_embeddings, plain_attention
 from .interrupt import InterruptRequest
 from .progress import progress_bar
 from .state import (
