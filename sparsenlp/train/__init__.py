@@ -4,6 +4,7 @@ from .config import FinetuneConfig, PruningConfig, RecoveryConfig
 from .distill import CachedTeacher
 from .evaluate import accuracy, agreement, cosine_similarity, kl_divergence, predict
 from .finetune import finetune
+from .incremental import IncrementalConfig, IncrementalLog, Round, prune_incrementally
 from .loop import StepInfo, TrainingLog
 from .perplexity import masked_perplexity, perplexity
 from .recover import recover
@@ -13,8 +14,11 @@ __all__ = [
     "CachedTeacher",
     "Evaluation",
     "FinetuneConfig",
+    "IncrementalConfig",
+    "IncrementalLog",
     "PruningConfig",
     "RecoveryConfig",
+    "Round",
     "StepInfo",
     "TrainingLog",
     "accuracy",
@@ -25,5 +29,6 @@ __all__ = [
     "masked_perplexity",
     "perplexity",
     "predict",
+    "prune_incrementally",
     "recover",
 ]

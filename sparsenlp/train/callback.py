@@ -9,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..prune import CRITERIA, finalize_, prune_
+from ..prune import CRITERIA, finalize_
 from ..prune.layers import FilterFn
 from .config import PruningConfig
-from .gradual import GradualPruner
+from .gradual import GradualPruner, add_masks_
 
 try:
     from transformers import TrainerCallback
@@ -57,7 +57,7 @@ class PruningCallback(TrainerCallback):
             raise ValueError(
                 f"PruningCallback: expected a criterion of weights or gradients, got {self.config.criterion}"
             )
-        prune_(model, self.config.pattern, 0.0, filter_fn=filter_fn)
+        add_masks_(model, self.config, filter_fn)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.pruner = GradualPruner(self.model, self.config, state.max_steps, self.filter_fn)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..prune import CRITERIA, Block, Pattern
+from ..prune import CRITERIA, Block, LayerTarget, Pattern
 from ..prune.masks import SCOPES, check_sparsity
 from .relations import RELATIONS
 
@@ -63,6 +64,8 @@ class PruningConfig:
     ramp_fraction       share of all steps in which sparsity rises (cubic); then the masks are frozen
     update_every        steps between two updates of the masks
     statistics_decay    of the running means that "taylor", "fisher" and "wanda" use; sums do not decay
+    layer_targets       a pattern and final sparsity for each layer, such as `allocate` chooses, instead of one
+                        pattern, sparsity and scope for all; layers that it does not name stay dense
     """
 
     pattern: Pattern = field(default=Block(8, 1))
@@ -72,6 +75,7 @@ class PruningConfig:
     ramp_fraction: float = 0.6
     update_every: int = 10
     statistics_decay: float = 0.95
+    layer_targets: Mapping[str, LayerTarget] | None = None
 
     def __post_init__(self) -> None:
         check_sparsity(self.pattern, self.sparsity)
@@ -80,6 +84,7 @@ class PruningConfig:
         _require("ramp_fraction", 0 <= self.ramp_fraction <= 1, "a fraction in [0, 1]", self.ramp_fraction)
         _require("update_every", self.update_every >= 1, "at least 1", self.update_every)
         _require("statistics_decay", 0 <= self.statistics_decay < 1, "a number in [0, 1)", self.statistics_decay)
+        _require("layer_targets", self.layer_targets is None or self.layer_targets, "some or None", self.layer_targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,6 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
         _require("loss weights", min(weights) >= 0 and max(weights) > 0, "none negative and one positive", weights)
 
 
-def _require(name: str, valid: bool, expected: str, got: object) -> None:
+def _require(name: str, valid: object, expected: str, got: object) -> None:
     if not valid:
         raise ValueError(f"{name}: expected {expected}, got {got}")

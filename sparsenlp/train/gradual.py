@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
 
-from ..prune import CRITERIA, collector, cubic_sparsity, masked_layers, prune_, sparsity_of
+from ..prune import (
+    CRITERIA,
+    LayerTarget,
+    collector,
+    cubic_sparsity,
+    masked_layers,
+    prune_,
+    prune_layers_,
+    sparsity_of,
+)
 from ..prune.layers import FilterFn, mask_of, prunable
 from .config import PruningConfig
 from .distributed import current_processes
@@ -16,9 +25,9 @@ from .distributed import current_processes
 class GradualPruner:
     """Raises the sparsity of a model to config.sparsity within the first steps of a training run.
 
-    model      gets masks without zeros here, where it has none
+    model      gets masks without zeros here, where it has none; the sparsity rises from what masks have already
     steps      optimizer steps of the whole run
-    filter_fn  which layers are pruned, as in `prune_`
+    filter_fn  which layers are pruned, as in `prune_`; config.layer_targets go before it
 
     Call `before_step` before the forward passes of a step, which `observing` surrounds, and
     `after_backward` once the gradients of all examples of the step are there. Raises as `prune_`, and
@@ -30,8 +39,14 @@ class GradualPruner:
         if steps < 2:
             raise ValueError(f"gradual pruning: expected at least 2 training steps, got {steps}")
         self.ramp_end = max(min(int(config.ramp_fraction * steps), steps - 1), 1)
-        prune_(model, config.pattern, 0.0, filter_fn=filter_fn)
-        self.sparsity = 0.0
+        if config.layer_targets is not None:
+            self.filter_fn = filter_fn = _named(config.layer_targets)
+        add_masks_(model, config, filter_fn)
+        self.sparsity = sparsity_of(model, filter_fn)
+        masks = _masks(model)
+        self.start = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+        kept = sum(int(mask.sum()) for mask in masks.values())
+        self.start_of_all = 1 - kept / sum(mask.numel() for mask in masks.values())
         layers = prunable(model, filter_fn)
         self.statistics = collector(layers, CRITERIA[config.criterion].needs, config.statistics_decay)
         self._before: dict[str, Tensor] = {}
@@ -46,9 +61,23 @@ class GradualPruner:
         self._before = {name: mask.clone() for name, mask in _masks(self.model).items()}
         if self.statistics is not None:  # what each process saw of them alone would give it masks of its own
             current_processes().average_([t for t in self.statistics.state_dict().values() if t.is_floating_point()])
-        target = cubic_sparsity(step, 0, self.ramp_end, config.sparsity)
-        prune_(self.model, config.pattern, target, config.criterion, config.scope, self.filter_fn, self.statistics)
+        self._prune(step)
         self.sparsity = sparsity_of(self.model, self.filter_fn)
+
+    def _prune(self, step: int) -> None:
+        config = self.config
+        if config.layer_targets is None:
+            target = self._sparsity_at(step, config.sparsity, self.start_of_all)
+            prune_(self.model, config.pattern, target, config.criterion, config.scope, self.filter_fn, self.statistics)
+        else:
+            targets = {
+                name: LayerTarget(target.pattern, self._sparsity_at(step, target.sparsity, self.start[name]))
+                for name, target in config.layer_targets.items()
+            }
+            prune_layers_(self.model, targets, config.criterion, self.statistics)
+
+    def _sparsity_at(self, step: int, final: float, start: float) -> float:
+        return cubic_sparsity(step, 0, self.ramp_end, final, min(start, final))
 
     def undo_step(self) -> None:
         """Put back the masks that the last `before_step` tightened."""
@@ -73,6 +102,19 @@ class GradualPruner:
         if self.statistics is not None:
             self.statistics.load_state_dict(state)
         self.sparsity = sparsity_of(self.model, self.filter_fn)
+
+
+def add_masks_(model: nn.Module, config: PruningConfig, filter_fn: FilterFn | None = None) -> None:
+    """Masks without zeros on the layers that `config` prunes, where they have none. Raises as `prune_`."""
+    if config.layer_targets is None:
+        prune_(model, config.pattern, 0.0, filter_fn=filter_fn)
+    else:
+        prune_layers_(model, {name: LayerTarget(t.pattern, 0.0) for name, t in config.layer_targets.items()})
+
+
+def _named(names: Iterable[str]) -> FilterFn:
+    chosen = frozenset(names)
+    return lambda module, name: name in chosen
 
 
 def _masks(model: nn.Module) -> dict[str, Tensor]:
