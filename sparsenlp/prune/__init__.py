@@ -5,9 +5,10 @@ from .channels import channel_scores, remove_filters_, remove_units_
 from .criteria import CRITERIA, Criterion, find_criterion
 from .fisher import EmpiricalFisher, block_obs_
 from .layers import default_filter, masked_layers, prunable
-from .layerwise import find_blocks, sparsegpt_, wanda_
+from .layerwise import exact_obs_, find_blocks, sparsegpt_, wanda_
 from .masks import Threshold, global_masks, local_masks, row_masks
 from .movement import MovementMask, harden_, movement_, movement_penalty
+from .obs import exact_obs
 from .patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from .permute import Permutation, permute_
 from .proximal import proximal_step_
@@ -55,6 +56,8 @@ __all__ = [
     "collector",
     "cubic_sparsity",
     "default_filter",
+    "exact_obs",
+    "exact_obs_",
     "finalize_",
     "find_blocks",
     "find_criterion",

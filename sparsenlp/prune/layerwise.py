@@ -19,7 +19,8 @@ from torch.nn.utils import parametrize
 from ..modes import evaluating
 from .layers import FilterFn, apply_solution_, mask_of, solvable, trainable_weight
 from .masks import check_sparsity
-from .patterns import Pattern
+from .obs import exact_obs
+from .patterns import Block, Pattern
 from .reconstruct import Solution, sparsegpt, wanda
 
 Batch = Mapping[str, Tensor] | Tensor
@@ -71,6 +72,27 @@ def sparsegpt_(
         refine_steps=refine_steps,
     )
     selected = _Selection.of("sparsegpt_", model, pattern, sparsity, filter_fn, blocks)
+    selected.tokens_needed = max(layer.in_features for layer in selected.layers.values())
+    return _prune_blocks(selected, batches, solve, _gram, rollback, progress)
+
+
+def exact_obs_(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    pattern: Block,
+    sparsity: float,
+    dampening: float = 0.01,
+    at_once: int = 16,
+    filter_fn: FilterFn | None = None,
+    blocks: str | None = None,
+    rollback: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Prune the linear layers of a model's blocks to block sparsity with `exact_obs`; otherwise as `sparsegpt_`."""
+    if not isinstance(pattern, Block):
+        raise ValueError(f"exact_obs_: expected a pattern of blocks such as 8x1, got {pattern}")
+    solve = partial(exact_obs, pattern=pattern, sparsity=sparsity, dampening=dampening, at_once=at_once)
+    selected = _Selection.of("exact_obs_", model, pattern, sparsity, filter_fn, blocks)
     selected.tokens_needed = max(layer.in_features for layer in selected.layers.values())
     return _prune_blocks(selected, batches, solve, _gram, rollback, progress)
 

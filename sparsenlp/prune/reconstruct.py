@@ -54,11 +54,11 @@ def sparsegpt(
     Raises ValueError for a shape that the pattern or the gram does not fit, values that are not finite,
     a gram that is not symmetric or, even damped, not positive definite, or a sparsity out of range.
     """
-    _check("sparsegpt", weight, pattern, sparsity, previous)
+    check_weight("sparsegpt", weight, pattern, sparsity, previous)
     if block_size < 1:
         raise ValueError(f"sparsegpt: expected a block_size of at least 1, got {block_size}")
     total = weight.shape[1]
-    factor = _inverse_factor(gram, total, dampening)
+    factor = inverse_factor("sparsegpt", gram, total, dampening)
     step = pattern.m if isinstance(pattern, NM) else pattern.k if isinstance(pattern, Block) else 1
     ranked = max(block_size // step, 1) * step
     if isinstance(pattern, NM) and sparsity == pattern.max_sparsity:
@@ -134,7 +134,7 @@ def wanda(
     Source: Sun et al. 2023, arXiv:2306.11695. Raises ValueError for a shape that the pattern or
     input_square does not fit, values that are not finite or negative squares, or a sparsity out of range.
     """
-    _check("wanda", weight, pattern, sparsity, previous)
+    check_weight("wanda", weight, pattern, sparsity, previous)
     if input_square.shape != weight.shape[1:]:
         raise ValueError(f"wanda: expected input_square of shape ({weight.shape[1]},), got {tuple(input_square.shape)}")
     if not (input_square.isfinite() & (input_square >= 0)).all():
@@ -168,7 +168,7 @@ def block_obs(
     Raises ValueError for a shape that the pattern or inverse_fisher does not fit, values that are not finite, an
     inverse Fisher that is not positive definite, or a sparsity out of range.
     """
-    _check("block_obs", weight, pattern, sparsity, previous)
+    check_weight("block_obs", weight, pattern, sparsity, previous)
     unit, size = unit_size(pattern), inverse_fisher.shape[-1]
     if inverse_fisher.shape != (weight.numel() // size, size, size) or weight.numel() % size or size % unit:
         raise ValueError(
@@ -237,24 +237,24 @@ def _drop_lowest(scores: Tensor, pattern: Pattern, count: int, previous: Tensor 
     return pattern.expand(keep, (scores.shape[0], scores.shape[1])), count
 
 
-def _inverse_factor(gram: Tensor, size: int, dampening: float) -> Tensor:
+def inverse_factor(solver: str, gram: Tensor, size: int, dampening: float) -> Tensor:
     """Upper triangular U (K, K) float32 with H⁻¹ = Uᵀ U, H the damped gram; factored in float64."""
     if gram.shape != (size, size):
-        raise ValueError(f"sparsegpt: expected a gram of shape ({size}, {size}), got {tuple(gram.shape)}")
+        raise ValueError(f"{solver}: expected a gram of shape ({size}, {size}), got {tuple(gram.shape)}")
     if not gram.isfinite().all():
-        raise ValueError("sparsegpt: expected a finite gram, got NaN or infinite values")
+        raise ValueError(f"{solver}: expected a finite gram, got NaN or infinite values")
     if dampening < 0:
-        raise ValueError(f"sparsegpt: expected a dampening of at least 0, got {dampening}")
+        raise ValueError(f"{solver}: expected a dampening of at least 0, got {dampening}")
     hessian = gram.double()
     diagonal = hessian.diagonal()
     if not torch.allclose(hessian, hessian.t(), rtol=1e-3, atol=1e-4 * diagonal.abs().max().item()):
-        raise ValueError("sparsegpt: expected a symmetric gram, got one that is not")
+        raise ValueError(f"{solver}: expected a symmetric gram, got one that is not")
     hessian = hessian + dampening * diagonal.mean() * torch.eye(size, dtype=hessian.dtype, device=hessian.device)
     # With both orders of indices reversed, H = R Rᵀ where R is upper triangular, so H⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹.
     reversed_factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         raise ValueError(
-            f"sparsegpt: expected a positive definite gram, got one that is not even with a dampening of "
+            f"{solver}: expected a positive definite gram, got one that is not even with a dampening of "
             f"{dampening:g}; use more calibration data or a larger dampening"
         )
     identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
@@ -273,7 +273,8 @@ def _solve(matrices: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.double()[..., None], factor).squeeze(-1).float()
 
 
-def _check(solver: str, weight: Tensor, pattern: Pattern, sparsity: float, previous: Tensor | None) -> None:
+def check_weight(solver: str, weight: Tensor, pattern: Pattern, sparsity: float, previous: Tensor | None) -> None:
+    """Raise ValueError, beginning with `solver`, as the solvers say."""
     check_sparsity(pattern, sparsity)
     pattern.check(tuple(weight.shape))
     if not weight.isfinite().all():

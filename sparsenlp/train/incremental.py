@@ -41,7 +41,7 @@ class IncrementalConfig:
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.sparsities, self.sparsities[1:], strict=False))
-        if not self.sparsities or not rising or not 0 < self.sparsities[0] or not self.sparsities[-1] < 1:
+        if not self.sparsities or not rising or not self.sparsities[0] > 0 or not self.sparsities[-1] < 1:
             raise ValueError(f"sparsities: expected fractions in (0, 1) that rise, got {tuple(self.sparsities)}")
         if self.growing.layer_targets is not None or self.recovering.layer_targets is not None:
             raise ValueError("layer_targets: expected None, as each round has one sparsity, got some")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sparsenlp import native
-from sparsenlp.allocation import allocate_to_target, model as module
+from sparsenlp.allocation import allocate_to_target
+from sparsenlp.allocation import model as module
 from sparsenlp.cost import CostModel, Fitted, Kind
 from sparsenlp.measure import Timing
 from sparsenlp.prune import Block, finalize_, prunable, prune_layers_, sparsity_of

@@ -59,9 +59,7 @@ def test_a_round_below_the_floor_is_undone(model, dense, make_data):
         states.append(weights(model))
 
     metric = scripted([0.9, 0.88, 0.7])
-    log = prune_incrementally(
-        model, dense, make_data(), metric, config(least_metric=0.8), quiet=True, on_round=watch
-    )
+    log = prune_incrementally(model, dense, make_data(), metric, config(least_metric=0.8), quiet=True, on_round=watch)
     assert [r.kept for r in log.rounds] == [True, False]
     assert log.last_kept is log.rounds[0]
     assert log.reason == "0.7000 at 75.0% zeros is below 0.8000"
