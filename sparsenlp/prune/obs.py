@@ -34,10 +34,10 @@ def exact_obs(
     returns    (mask, new weight); round(sparsity * blocks) blocks are pruned, at least one is kept; what remains
                is the best there is for this mask
 
-    A block Q scores Σ w_Q ([H⁻¹]_QQ)⁻¹ w_Qᵀ over its rows, H being the gram of the columns that are still there. SparseGPT
-    fixes an order of the columns and compensates to the right only, so that all rows share its inverses; rows of blocks
-    are few enough to have one each: (N / n) K³ / 2 multiply-adds at 50 %. Source: Frantar & Alistarh 2022 (Optimal
-    Brain Compression, arXiv:2208.11580), for single weights and N:M; here for blocks.
+    A block Q scores Σ w_Q ([H⁻¹]_QQ)⁻¹ w_Qᵀ over its rows, H being the gram of the columns that are still there.
+    SparseGPT fixes an order of the columns and compensates to the right only, so that all rows share its inverses;
+    rows of blocks are few enough to have one each: (N / n) K³ / 2 multiply-adds at 50 %. Source: Frantar & Alistarh
+    2022 (Optimal Brain Compression, arXiv:2208.11580), for single weights and N:M; here for blocks.
 
     Raises ValueError as `sparsegpt`, and for `at_once` below 1.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -33,8 +33,10 @@ class IncrementalConfig:
     """
 
     sparsities: Sequence[float] = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95)
-    growing: RecoveryConfig = RecoveryConfig(epochs=1, learning_rate=3e-5, ramp_fraction=0.8)
-    recovering: RecoveryConfig = RecoveryConfig(epochs=1, learning_rate=3e-4)
+    growing: RecoveryConfig = field(
+        default_factory=lambda: RecoveryConfig(epochs=1, learning_rate=3e-5, ramp_fraction=0.8)
+    )
+    recovering: RecoveryConfig = field(default_factory=lambda: RecoveryConfig(epochs=1, learning_rate=3e-4))
     least_metric: float | None = None
     seconds: float | None = None
     patience: int | None = None
