@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsenlp.prune import NM, Block, LayerTarget, layer_sparsity, masked_layers, prunable, prune_, sparsity_of
+from sparsenlp.prune import NM, Block, LayerTarget, layer_sparsity, masked_layers, prune_, sparsity_of
 from sparsenlp.train import PruningConfig
 from sparsenlp.train.gradual import GradualPruner
 
