@@ -73,6 +73,13 @@ def tiny_bert() -> nn.Module:
     return BertModel(BertConfig(vocab_size=1000, **sizes))
 
 
+def hollow(model: Any) -> nn.Module:
+    """A model like this one, but eight features wide, which one head sees."""
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads, config.hidden_size, config.intermediate_size = 1, 8, 8
+    return type(model)(config).eval()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "BERT-base": bert_base,
     "MiniLM-L6": minilm,

@@ -27,7 +27,7 @@ import harness
 import model_peers
 import model_tables
 import torch
-from breakdown import breakdown
+from breakdown import breakdown, dispatch
 from encoders import BLOCKS, MODELS, Setting
 from footprint import AVAILABLE as FOOTPRINT_AVAILABLE
 from footprint import footprint
@@ -182,8 +182,10 @@ def details(model: str, sweep: Sweep) -> tuple[list[Row], list[Row]]:
                 with tempfile.TemporaryDirectory() as directory, silent_transformers():
                     save_pretrained(ours, directory)
                     footprints.append(own | footprint(directory, precision, inputs, threads))
+            hollow = encoders.sparse(encoders.masked(encoders.hollow(dense), zeros, BLOCKS[precision]), precision)
             with torch.inference_mode():
-                breakdowns.append(own | breakdown(encoders.fused(ours, precision), inputs))
+                fused, hollow = (encoders.fused(model, precision) for model in (ours, hollow))
+                breakdowns.append(own | breakdown(fused, inputs) | dispatch(fused, inputs, hollow))
     return breakdowns, footprints
 
 
