@@ -1,4 +1,4 @@
-"""Sequence classifiers of transformers: loading them, naming their classes, judging their predictions."""
+"""Models of transformers: loading them, and of classifiers naming their classes and judging their predictions."""
 
 from __future__ import annotations
 
@@ -113,6 +113,17 @@ def load_model(name: str, label_names: Sequence[str] | None = None) -> nn.Module
                 name, dtype=torch.float32, ignore_mismatched_sizes=label_names is not None, **labels
             )
     return model.eval()
+
+
+def load_language_model(name: str) -> nn.Module:
+    """A dense causal language model in eval mode, float32, with nn.Linear layers. Raises as `load_model`."""
+    with _loading(name):
+        from transformers import AutoModelForCausalLM as Auto
+
+        model = Auto.from_pretrained(name, dtype=torch.float32)
+    from .models.decoders import conv1d_to_linear_
+
+    return conv1d_to_linear_(model).eval()
 
 
 def save_model(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:

@@ -1,0 +1,43 @@
+"""Recipes: what is done to a model, from dense to sparse, as one file that can be run, hashed and kept beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import Data, FinetuneStage, OneShot, PruneRule, Recipe, Structured
+from .run import RESULT_FILE, Job, Outcome, prepare, run
+from .tasks import Perplexity, UntrainedHead
+
+__all__ = [
+    "RESULT_FILE",
+    "Data",
+    "FinetuneStage",
+    "Job",
+    "OneShot",
+    "Outcome",
+    "Perplexity",
+    "PruneRule",
+    "Recipe",
+    "Structured",
+    "UntrainedHead",
+    "load_recipe",
+    "prepare",
+    "run",
+]
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A recipe from a YAML file (1.2: `2:4` and `no` are text), checked in full.
+
+    Raises OSError for a file that cannot be read, ValueError in one line (field, expected, got) for anything wrong
+    with it, and ModuleNotFoundError without pydantic and PyYAML.
+    """
+    try:
+        from .schema import load
+    except ModuleNotFoundError as error:
+        if error.name not in ("pydantic", "yaml"):
+            raise
+        raise ModuleNotFoundError(
+            f"recipe: expected the package {error.name}, got none; pip install 'sparsenlp[recipes]'"
+        ) from None
+    return load(path)

@@ -1,0 +1,197 @@
+"""Recipes as YAML: pydantic models made from the dataclasses of a recipe, and what is wrong with one in one line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model, model_validator
+
+from ..prune import Pattern
+from .config import Recipe, build, hidden, unwrapped
+
+EXPECTED = {
+    "bool_type": "true or false",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+}
+"""pydantic's kinds of error, where it takes one thing for another."""
+
+
+def load(path: str | Path) -> Recipe:
+    """See `load_recipe`."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise type(error)(f"recipe: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes") from None
+    try:
+        content = parse(text)
+        validate(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Recipe.of(content)
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Plain data from YAML 1.2. Raises ValueError for anything but a mapping of text, numbers, lists and mappings."""
+    try:
+        content = yaml.load(text, _Loader)
+        plain = json.loads(json.dumps(content))
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML, got {' '.join(str(error).split())}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected text, numbers, lists and mappings, got {error}") from None
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected a mapping with the key model, got {_shown(plain)}")
+    return plain
+
+
+def validate(content: Mapping[str, Any]) -> None:
+    """Raise ValueError, in one line that names the field, unless `Recipe.of` can build a recipe of this."""
+    try:
+        model_of(Recipe).model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(_told(problems[0]) + more) from None
+
+
+@cache
+def model_of(cls: type) -> type[BaseModel]:
+    """The pydantic model of a dataclass: strict about types, unknown keys refused, checked by the class itself.
+
+    Whether a field is given counts, not its default, which stays the dataclass's.
+    """
+    hints = typing.get_type_hints(cls)
+    given: dict[str, Any] = {f.name: _field(hints[f.name], f) for f in fields(cls) if f.name not in _hidden(cls)}
+
+    def check(self: BaseModel) -> BaseModel:
+        build(cls, self.model_dump(exclude_unset=True))
+        return self
+
+    validators: dict[str, Any] = {"check": model_validator(mode="after")(check)}
+    config = ConfigDict(extra="forbid", strict=True)
+    return create_model(cls.__name__, __config__=config, __validators__=validators, **given)
+
+
+def _hidden(cls: type) -> set[str]:
+    return hidden(cls) | ({"content"} if cls is Recipe else set())
+
+
+def _field(hint: Any, of: Field) -> tuple[Any, Any]:
+    required = of.default is MISSING and of.default_factory is MISSING
+    return _annotation(hint), ... if required else None
+
+
+def _annotation(hint: Any) -> Any:
+    """The hint of a pydantic field, with models for dataclasses and text for patterns."""
+    bare = unwrapped(hint)
+    arguments, origin = typing.get_args(bare), typing.get_origin(bare)
+    if bare is Pattern:
+        bare = str
+    elif is_dataclass(bare):
+        bare = model_of(typing.cast(type, bare))
+    elif origin is tuple:
+        bare = tuple[tuple(each if each is ... else _annotation(each) for each in arguments)]  # type: ignore[misc]
+    elif origin is Sequence:
+        bare = tuple[_annotation(arguments[0]), ...]  # type: ignore[misc]
+    elif origin is Mapping:
+        bare = dict[arguments[0], _annotation(arguments[1])]  # type: ignore[misc, valid-type]
+    return Optional[bare] if unwrapped(hint) is not hint else bare  # noqa: UP045 (a run-time value)
+
+
+def _told(problem: Mapping[str, Any]) -> str:
+    """A pydantic error as `field: expected X, got Y`."""
+    place, kind = [str(part) for part in problem["loc"]], problem["type"]
+    where = ".".join(place)
+    if kind == "extra_forbidden":
+        return f"{where}: expected {_known_key(place)}, got {place[-1]}"
+    if kind == "missing":
+        return f"{where}: expected a value, got none"
+    if kind == "value_error":
+        return _joined(where, str(problem["ctx"]["error"]))
+    expected = EXPECTED.get(kind) or problem.get("ctx", {}).get("expected") or problem["msg"].lower()
+    return f"{where}: expected {expected}, got {_shown(problem['input'])}"
+
+
+def _joined(where: str, message: str) -> str:
+    """A dataclass's own message behind the place of its section."""
+    if not where:
+        return message
+    name, _, rest = message.partition(": ")
+    if not re.fullmatch(r"\w+", name):
+        return f"{where}: {message}"
+    return f"{where}: {rest}" if name[0].isupper() else f"{where}.{message}"
+
+
+def _known_key(place: Sequence[str]) -> str:
+    """What an unknown key may have meant: the same name in another section, a similar one here, or any here."""
+    key, section = place[-1], ".".join(part for part in place[:-1] if not part.isdecimal())
+    elsewhere = [path for path in _paths(Recipe) if path.rpartition(".")[2] == key]
+    here = [path.rpartition(".")[2] for path in _paths(Recipe) if path.rpartition(".")[0] == section]
+    if elsewhere:
+        return f"a known key such as {elsewhere[0]}"
+    if near := difflib.get_close_matches(key, here, 1):
+        return f"a known key such as {near[0]}"
+    return f"one of {', '.join(here)}" if here else "no key"
+
+
+def _paths(cls: type, before: str = "") -> Iterator[str]:
+    """Dotted names of all fields of a recipe; positions in lists left out."""
+    hints = typing.get_type_hints(cls)
+    for name in (f.name for f in fields(cls) if f.name not in _hidden(cls)):
+        yield before + name
+        hint = unwrapped(hints[name])
+        for part in (hint, *typing.get_args(hint)):
+            if is_dataclass(part):
+                yield from _paths(typing.cast(type, part), f"{before}{name}.")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Loader(yaml.SafeLoader):
+    """The core schema of YAML 1.2, where PyYAML has 1.1's: `2:4` and `no` are text, 3e-4 is a number. No key twice."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r}, no text", node.start_mark)
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_CORE: dict[str, tuple[str, list[str], Any]] = {
+    "null": (r"null|Null|NULL|~|", ["n", "N", "~", ""], lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"], lambda text: text[0] in "tT"),
+    "int": (r"[-+]?[0-9]+", [*"-+0123456789"], int),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"], float),
+}
+"""Tag -> (what plain text looks like, how it begins, its value), the first that fits."""
+
+for _tag, (_pattern, _starts, _read) in _CORE.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _starts)
+    _Loader.add_constructor(
+        f"tag:yaml.org,2002:{_tag}", lambda loader, node, read=_read: read(loader.construct_scalar(node))
+    )

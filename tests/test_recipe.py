@@ -1,0 +1,269 @@
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from sparsenlp import SparsifyConfig
+from sparsenlp.prune import NM, Block, LayerTarget
+from sparsenlp.recipe import Recipe, load_recipe
+from sparsenlp.recipe.config import PRUNING, hidden
+from sparsenlp.train import FinetuneConfig, IncrementalConfig, PruningConfig, RecoveryConfig
+
+yaml = pytest.importorskip("yaml", reason="recipes need PyYAML")
+schema = pytest.importorskip("sparsenlp.recipe.schema", reason="recipes need pydantic")
+
+EXAMPLES = sorted(Path(__file__).parent.parent.glob("examples/*.yaml"))
+SMALLEST = {"model": "some", "data": {"train": "train.csv"}}
+DEFAULT = IncrementalConfig()
+PHASES = {name: replace(getattr(DEFAULT, name), sparsity=DEFAULT.sparsities[-1]) for name in ("growing", "recovering")}
+ROUNDS = replace(DEFAULT, **PHASES)
+"""What rounds are by default; the sparsity of a phase is that of its round."""
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(content):
+    with pytest.raises(ValueError, match=r".") as error:
+        schema.validate(content)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def with_section(name, section):
+    return SMALLEST | {name: section}
+
+
+# defaults
+
+
+def test_what_is_left_out_has_the_default_of_the_configuration():
+    recipe = Recipe.of(SMALLEST)
+    schema.validate(SMALLEST)
+    assert recipe.recovery() == RecoveryConfig()
+    assert recipe.incremental() == ROUNDS
+    assert recipe.convert == SparsifyConfig()
+    for field in fields(FinetuneConfig):
+        assert getattr(recipe.finetune, field.name) == getattr(FinetuneConfig(), field.name)
+
+
+def test_an_empty_section_has_the_defaults_too():
+    sections = ("finetune", "prune", "recover", "convert")
+    assert Recipe.of(SMALLEST | {name: {} for name in sections}).recovery() == RecoveryConfig()
+    rounds = Recipe.of(with_section("rounds", {"growing": {}, "recovering": {}}))
+    assert rounds.incremental() == ROUNDS
+    partly = Recipe.of(with_section("rounds", {"growing": {"epochs": 2}})).incremental()
+    assert partly.growing.epochs == 2
+    assert partly.growing.learning_rate == IncrementalConfig().growing.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("section", "cls"),
+    [
+        ("finetune", FinetuneConfig),
+        ("recover", RecoveryConfig),
+        ("rounds", IncrementalConfig),
+        ("convert", SparsifyConfig),
+    ],
+)
+def test_a_section_has_the_fields_of_its_configuration(section, cls):
+    names = {field.name for field in fields(cls)} - hidden(cls)
+    defaults = {
+        name: value
+        for name in names
+        if isinstance(value := getattr(cls(), name), int | float | str) and not isinstance(value, bool)
+    }
+    schema.validate(with_section(section, defaults))
+    assert "nonsense" in refused(with_section(section, {"nonsense": 1}))
+
+
+def test_every_field_of_pruning_is_in_the_section_prune():
+    assert set(PRUNING) <= {field.name for field in fields(PruningConfig)}
+    assert set(PRUNING) <= set(schema.model_of(type(Recipe.of(SMALLEST).prune)).model_fields)
+
+
+def test_values_reach_the_configurations():
+    content = {
+        "model": "some",
+        "data": {"train": "train.csv"},
+        "seed": 3,
+        "prune": {"pattern": "2:4", "sparsity": 0.5, "criterion": "wanda"},
+        "recover": {"epochs": 7, "betas": [0.8, 0.9], "relations": ["keys"]},
+        "convert": {"token_counts": [1, 2], "blocks": [[8, 1]], "precisions": ["int8"]},
+    }
+    schema.validate(content)
+    recipe = Recipe.of(content)
+    recovery = recipe.recovery()
+    assert (recovery.pattern, recovery.sparsity, recovery.criterion) == (NM(2, 4), 0.5, "wanda")
+    assert (recovery.epochs, recovery.betas, recovery.relations, recovery.seed) == (7, (0.8, 0.9), ("keys",), 3)
+    assert recovery.scope == "row", "without a scope that of the criterion"
+    assert recipe.convert == SparsifyConfig(token_counts=(1, 2), blocks=((8, 1),), precisions=("int8",))
+
+
+def test_layers_may_have_targets_of_their_own():
+    targets = {"a.b": {"pattern": "4x1", "sparsity": 0.5}}
+    content = with_section("prune", {"layer_targets": targets})
+    schema.validate(content)
+    assert Recipe.of(content).recovery().layer_targets == {"a.b": LayerTarget(Block(4, 1), 0.5)}
+
+
+def test_targets():
+    assert Recipe.of(SMALLEST | {"target": "sparsity 0.8"}).recovery().sparsity == 0.8
+    assert Recipe.of(SMALLEST | {"target": "2x faster"}).allocates
+    dropping = Recipe.of(SMALLEST | {"target": "accuracy drop <= 1 point"})
+    assert dropping.in_rounds
+    assert dropping.incremental(0.8).least_metric == 0.8
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"data": {"train": "x"}}, "model: expected a value, got none"),
+        (SMALLEST | {"model": 3}, "model: expected text, got 3"),
+        (with_section("recover", {"epochs": "three"}), 'recover.epochs: expected an integer, got "three"'),
+        (with_section("recover", {"epochs": 2.5}), "recover.epochs: expected an integer, got 2.5"),
+        (with_section("recover", {"epochs": None}), "recover.epochs: expected an integer, got null"),
+        (with_section("recover", {"rewind": 1}), "recover.rewind: expected true or false, got 1"),
+        (with_section("recover", {"learning_rate": "fast"}), 'recover.learning_rate: expected a number, got "fast"'),
+        (with_section("recover", [1]), "recover: expected a mapping, got [1]"),
+        (with_section("convert", {"token_counts": 5}), "convert.token_counts: expected a list, got 5"),
+        (with_section("recover", {"epochs": 0}), "recover.epochs: expected at least 1, got 0"),
+        (with_section("prune", {"sparsity": 1.0}), "prune.sparsity: expected a fraction between 0 and 1, got 1.0"),
+        (with_section("prune", {"pattern": "8by1"}), 'prune.pattern: expected "unstructured", "8x1"'),
+        (with_section("prune", {"criterion": "luck"}), "prune.criterion: expected one of magnitude,"),
+        (with_section("convert", {"token_counts": []}), "convert: expected token_counts of at least 1, got ()"),
+        (with_section("finetune", {"when": "now"}), "finetune.when: expected 'needed', 'always' or 'never', got"),
+        (with_section("data", {"task": "imdb"}), "data.task: expected 'rotten_tomatoes', 'supersense', 'word_def"),
+        (with_section("data", {}), "data: expected either task or train, got neither"),
+        (with_section("data", {"task": "supersense", "train": "x"}), "data: expected either task or train, got both"),
+        (with_section("data", {"train": "x", "count": 5}), "data.count: expected none beside train, got one"),
+        (with_section("data", {"task": "rotten_tomatoes", "path": "x"}), "data.path: expected none beside task"),
+        (
+            SMALLEST | {"structured": [{"kind": "heads"}]},
+            "structured.0: expected either fraction or layers, got neither",
+        ),
+        (SMALLEST | {"structured": [{"kind": "rows", "fraction": 0.5}]}, "structured.0.kind: expected 'heads',"),
+        (SMALLEST | {"target": "fast"}, 'target: expected "2x faster", "latency <= 8 ms"'),
+        (SMALLEST | {"target": "2x", "prune": {"sparsity": 0.5}}, "prune.sparsity: expected none beside target"),
+        (SMALLEST | {"target": "drop <= 1 point", "recover": {}}, "target: expected a drop with rounds alone"),
+        (SMALLEST | {"recover": {}, "rounds": {}}, "recover: expected one of recover, rounds and one_shot, got"),
+        ({"model": "some"}, "data: expected some for recover, got none"),
+        ({"model": "some", "one_shot": {}, "prune": {"criterion": "taylor"}}, "prune.criterion: expected labelled"),
+        (SMALLEST | {"prune": {"pattern": "2:4"}}, "sparsity: expected at most 0.5 for 2:4, got 0.9"),
+        (SMALLEST | {"rounds": {}, "prune": {"pattern": "2:4"}}, "sparsity: expected at most 0.5 for 2:4, got 0.95"),
+        (SMALLEST | {"structured": [{"kind": "layers", "layers": [1]}]}, "hidden_weight: expected 0 where layers"),
+        ({"model": "some", "data": {"task": "news_articles"}}, "one_shot: expected it for a language model"),
+        ({"model": "some", "one_shot": {"solver": "sparsegpt"}}, "data: expected some for sparsegpt, got none"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(content, message):
+    assert refused(content).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (SMALLEST | {"modle": "x"}, "modle: expected a known key such as model, got modle"),
+        (with_section("recover", {"epoch": 1}), "recover.epoch: expected a known key such as epochs, got epoch"),
+        (with_section("recover", {"pattern": "8x1"}), "recover.pattern: expected a known key such as prune.pattern,"),
+        (with_section("prune", {"xyzzy": 1}), "prune.xyzzy: expected one of pattern, sparsity, criterion, scope,"),
+        (
+            SMALLEST | {"rounds": {"growing": {"epohcs": 1}}},
+            "rounds.growing.epohcs: expected a known key such as epochs",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known(content, message):
+    assert refused(content).startswith(message)
+
+
+def test_several_problems_are_counted():
+    assert refused(with_section("recover", {"epochs": "x", "seed": 1})).endswith("(and 1 more)")
+
+
+# YAML
+
+
+def test_plain_text_is_read_as_yaml_1_2():
+    content = schema.parse("a: 2:4\nb: 3e-4\nc: no\nd: [true, null, 08, -1.5, ~]\ne: 1x\nf:\ng: '5'\nh: 2x faster")
+    assert content == {
+        "a": "2:4",
+        "b": 3e-4,
+        "c": "no",
+        "d": [True, None, 8, -1.5, None],
+        "e": "1x",
+        "f": None,
+        "g": "5",
+        "h": "2x faster",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "expected YAML, got "),
+        ("- model", "expected a mapping with the key model, got "),
+        ("", "expected a mapping with the key model, got null"),
+        ("model: a\nmodel: b", "the key model twice"),
+        ("1: a", "the key 1, no text"),
+        ("model: !!python/name:os.system", "expected YAML, got "),
+        ("model: !!set {a, b}", "expected text, numbers, lists and mappings"),
+        ("model: &a [*a]", "expected text, numbers, lists and mappings"),
+    ],
+)
+def test_text_that_is_no_recipe(text, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        schema.parse(text)
+    assert message in str(error.value)
+
+
+def test_a_file_is_named_in_errors(tmp_path):
+    path = write(tmp_path / "r.yaml", "model: a\ndata: {train: t.csv}\nrecover: {epochs: 0}\n")
+    with pytest.raises(ValueError, match="expected") as error:
+        load_recipe(path)
+    assert str(error.value) == f"{path}: recover.epochs: expected at least 1, got 0"
+    with pytest.raises(FileNotFoundError, match=r"recipe: cannot read .*absent\.yaml"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("package", ["pydantic", "yaml"])
+def test_a_missing_package_takes_one_line(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "sparsenlp.recipe.schema")
+    with pytest.raises(ModuleNotFoundError, match=rf"package {package}, got none; pip install 'sparsenlp\[recipes\]'"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+# round trip and hash
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_valid_and_make_the_round_trip(path, tmp_path):
+    recipe = load_recipe(path)
+    again = load_recipe(write(tmp_path / "again.yaml", yaml.safe_dump(dict(recipe.content))))
+    from_json = Recipe.of(json.loads(json.dumps(recipe.content)))
+    assert recipe == again == from_json
+    assert recipe.sha256 == again.sha256 == from_json.sha256
+    assert recipe.recovery().sparsity == 0.9
+
+
+def test_there_are_examples():
+    assert {path.stem for path in EXAMPLES} >= {"rotten_tomatoes", "supersense"}
+
+
+def test_the_hash_is_of_the_content_alone(tmp_path):
+    first = "model: m\ndata: {train: t.csv}\nrecover: {epochs: 2, batch_size: 8}\n"
+    same = "# a comment\nrecover:\n  batch_size: 8  # another\n  epochs: 2\n\ndata:\n  train: 't.csv'\nmodel: m\n"
+    other = first.replace("epochs: 2", "epochs: 3")
+    spelt_out = first + "seed: 0\n"
+    digests = [load_recipe(write(tmp_path / "r.yaml", text)).sha256 for text in (first, same, other, spelt_out)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    assert all(len(digest) == 64 for digest in digests)
