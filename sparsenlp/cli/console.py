@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -94,13 +93,6 @@ def print_table(cells: Sequence[Sequence[str]], title: str) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=TABLE_WIDTH)
     console.print(table)
-
-
-def output_directory(path: Path) -> Path:
-    """Raise NotADirectoryError if something else is there; work of minutes should not fail at its end."""
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"output: expected a directory, got a file: {path}")
-    return path
 
 
 def _fail(error: Exception, ctx: Any) -> NoReturn:

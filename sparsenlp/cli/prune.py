@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import native
 from ..measure import use_threads
-from .console import note, output_directory, print_table, resumable, say
+from .console import note, print_table, resumable, say
 from .evaluate import quality_cells
 from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads
 
 if TYPE_CHECKING:
-    from torch import nn
+    from ..recipe import Job, Outcome, Recipe
 
-    from ..classifiers import Head
-    from ..data import TextDataset, TokenizedDataset
-    from ..plan import Plan
-    from ..train import FinetuneConfig, RecoveryConfig
-
-HELD_OUT = 0.1
-"""Share of the rows that is kept for testing where there is no test file."""
-FINETUNE_EPOCHS = 3
-"""Where the model needs fine-tuning and the user does not say how much."""
-RESULT_FILE = "sparsenlp.json"
+BESIDE_RECIPE = ("model", "output", "recipe", "threads", "work_dir")
+"""Parameters that a recipe leaves open."""
+PLACES = {
+    "data": ("data.train",),
+    "test": ("data.test",),
+    "text_column": ("data.text_column",),
+    "label_column": ("data.label_column",),
+    "text_pair_column": ("data.text_pair_column",),
+    "max_length": ("data.max_length",),
+    "sparsity": ("prune.sparsity",),
+    "pattern": ("prune.pattern",),
+    "criterion": ("prune.criterion",),
+    "scope": ("prune.scope",),
+    "epochs": ("recover.epochs",),
+    "batch_size": ("recover.batch_size", "finetune.batch_size"),
+    "learning_rate": ("recover.learning_rate",),
+    "finetune_epochs": ("finetune.epochs",),
+    "tokens": ("convert.token_counts",),
+    "seed": ("seed",),
+    "target": ("target",),
+}
+"""Where in a recipe an option belongs."""
+PHASES = {
+    "epochs": ("rounds.growing.epochs", "rounds.recovering.epochs"),
+    "batch_size": ("rounds.growing.batch_size", "rounds.recovering.batch_size", "finetune.batch_size"),
+    "learning_rate": ("rounds.recovering.learning_rate",),
+}
+"""The same for a target that is met in rounds."""
 
 
 def prune(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Dense sequence classifier or encoder: directory or hub id.", show_default=False)
-    ],
-    output: Annotated[Path, typer.Argument(help="Directory for the sparse checkpoint.", show_default=False)],
+        str | None,
+        typer.Argument(
+            help="Dense sequence classifier or encoder: directory or hub id. Left out with --recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Argument(help="Directory for the sparse checkpoint.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML file that says all of this, see examples/; only OUTPUT beside it.", show_default=False),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Training texts: CSV, TSV or JSONL.", show_default=False)] = None,
     test: Annotated[
         Path | None, typer.Option(help="Test texts. (default: a tenth of --data)", show_default=False)
@@ -45,6 +69,14 @@ def prune(
     label_column: LabelColumn = "label",
     text_pair_column: TextPairColumn = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of the encoder's weights to remove.")] = 0.9,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help='Instead of --sparsity: "2x faster" or "latency <= 8 ms" (of a forward pass with --tokens tokens, on '
+            'this machine), or "accuracy drop <= 1 point".',
+            show_default=False,
+        ),
+    ] = None,
     pattern: Annotated[str, typer.Option(help="Blocks of rows x columns, 2:4, or unstructured.")] = "8x1",
     criterion: Annotated[
         str | None,
@@ -93,196 +125,118 @@ def prune(
     \b
     sparsenlp prune bert-base-uncased out --data train.csv --test test.csv
     sparsenlp prune my-model out --data train.csv --sparsity 0.8 --tokens 16 --tokens 2048
+    sparsenlp prune my-model out --data train.csv --target "2x faster"
+    sparsenlp prune --recipe examples/rotten_tomatoes.yaml out
     sparsenlp prune my-model out --data pairs.tsv --text-column question --text-pair-column answer
     sparsenlp prune my-model out --sparsity 0.5 --criterion magnitude
     """
-    from ..classifiers import is_sparse_checkpoint, load_config, load_tokenizer, max_tokens
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
+    if recipe is not None:
+        chosen, where = _from_file(recipe, model, output, given)
+    else:
+        for name, value in (("model", model), ("output", output)):
+            if value is None:
+                raise ValueError(f"Missing argument '{name}'. (see {context.command_path} --help)")
+        chosen, where = _from_options({name: context.params[name] for name in given}), Path(str(output))
+    _prune(chosen, where, work_dir, threads, from_options=recipe is None)
 
-    _check_paths(model, output)
-    if is_sparse_checkpoint(model):
-        raise ValueError(f"model: expected a dense model, got a sparse checkpoint: {model}")
-    counts = tuple(tokens or (128,))
+
+def _prune(recipe: Recipe, output: Path, work_dir: Path | None, threads: int | None, from_options: bool) -> None:
+    from ..recipe import UntrainedHead, prepare, run
+
     with use_threads(threads):
-        if data is None:
-            _one_shot(model, output, pattern, sparsity, criterion or "magnitude", scope, counts, seed)
-            return
-        recovery = _recovery_config(pattern, sparsity, criterion or "taylor", scope)
-        recovery = replace(recovery, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-        config, tokenizer = load_config(model), load_tokenizer(model)
-        columns = (text_column, label_column, text_pair_column)
-        head, train_texts, test_texts = _read(data, test, columns, config, bool(finetune_epochs), seed)
-        finetuning = _finetune_config(head, finetune_epochs, batch_size, seed)
-        limit = min(max_length, max_tokens(config, tokenizer) or max_length)
-        job = _Job(output, work_dir or output / "work", tokenizer, train_texts, test_texts, limit, counts)
+        try:
+            job = prepare(recipe, output, work_dir)
+        except UntrainedHead as error:
+            if not from_options:
+                raise
+            raise ValueError(f"finetune-epochs: expected at least 1, as {error.why}, got 0") from None
+        held_out = getattr(job.task, "held_out", None)
+        if held_out is not None:
+            option = "--test" if from_options else "data.test"
+            note(f"no {option}: {held_out[0]} of the {held_out[1]} rows are held out for testing")
+        if recipe.data is None:
+            lacking = "--data" if from_options else "data"
+            note(f"warning: no {lacking}, so the accuracy that pruning costs is neither recovered nor measured")
         with resumable():
-            _train_and_convert(model, head, job, finetuning, recovery)
+            outcome = run(job, note)
+    _report(job, outcome)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is read and written."""
+def _from_file(path: Path, model: str | None, output: Path | None, given: list[str]) -> tuple[Recipe, Path]:
+    """The recipe, and OUTPUT, which comes alone."""
+    from ..recipe import load_recipe
 
-    output: Path
-    work: Path
-    tokenizer: Any
-    train: TextDataset
-    test: TextDataset
-    max_length: int
-    token_counts: tuple[int, ...]
-
-    def tokenized(self, texts: TextDataset) -> TokenizedDataset:
-        from ..data import tokenize
-
-        return tokenize(texts, self.tokenizer, self.max_length)
+    others = [name for name in given if name not in BESIDE_RECIPE]
+    if others:
+        raise ValueError(f"recipe: expected no other options of pruning, got --{others[0].replace('_', '-')}")
+    if model is None or output is not None:
+        got = "none" if model is None else f"{model} {output}"
+        raise ValueError(f"recipe: expected OUTPUT alone, as the recipe says the model, got {got}")
+    return load_recipe(path), Path(model)
 
 
-def _train_and_convert(
-    name: str, head: Head, job: _Job, finetuning: FinetuneConfig | None, recovery: RecoveryConfig
-) -> None:
-    """Fine-tune if needed, prune and recover, convert, save, and say what it cost."""
-    from ..classifiers import judge, load_model, save_model
-    from ..prune import finalize_
-    from ..train import finetune, predict, recover
+def _from_options(options: dict[str, Any]) -> Recipe:
+    """The recipe that options stand for; those that were not given are left out."""
+    from ..allocation import Target
+    from ..prune import find_criterion
+    from ..recipe import Recipe
 
-    train, test = job.tokenized(job.train), job.tokenized(job.test)
-    dense = load_model(name, head.names)
-    _check_pattern(dense, recovery)
-    states = [job.work / "finetune.safetensors", job.work / "recover.safetensors"]
-    if finetuning is not None:
-        note(f"fine-tuning the dense model first: {head.why or 'as asked'} ({finetuning.epochs} epochs)")
-        finetune(dense, train, finetuning, states[0])
-        save_model(dense, job.work / "dense", job.tokenizer)
-    elif head.why:
-        note(head.why)
-    reference = predict(dense, test)
-    pruned = copy.deepcopy(dense)
-    recover(pruned, dense, train, recovery, state_path=states[1])
-    plan = _convert(finalize_(pruned), recovery.sparsity, job.token_counts)
-    logits = predict(pruned, test)
-    qualities = {"dense": judge(reference, test.labels), "sparse": judge(logits, test.labels, reference)}
-    save_model(pruned, job.output, job.tokenizer)
-    _write_result(job.output, plan, {name: quality.as_dict() for name, quality in qualities.items()})
-    for state in states:
-        state.unlink(missing_ok=True)
-    if finetuning is None and job.work.is_dir() and not any(job.work.iterdir()):
-        job.work.rmdir()
-    print_table(quality_cells(qualities), f"{len(test)} test examples")
-    _summarize(pruned, plan, job.output)
-    if finetuning is not None:
-        say(f"dense model: {job.work / 'dense'}")
+    content: dict[str, Any] = {"model": options["model"]}
+    rounds = "target" in options and Target.parse(options["target"]).kind == "drop"
+    for name, value in options.items():
+        plain = str(value) if isinstance(value, Path) else [*value] if isinstance(value, (list, tuple)) else value
+        for place in (PHASES.get(name) if rounds else None) or PLACES.get(name, ()):
+            *sections, key = place.split(".")
+            if "data" in options or sections not in (["data"], ["recover"], ["finetune"]):
+                _section(content, sections)[key] = plain
+    if "finetune_epochs" in options and "data" in options:
+        content["finetune"]["when"] = "always"
+        if options["finetune_epochs"] == 0:
+            del content["finetune"]["epochs"]
+            content["finetune"]["when"] = "never"
+    if "data" not in options:
+        criterion = options.get("criterion", "magnitude")
+        if find_criterion(criterion).needs:
+            raise ValueError(
+                f"criterion: expected --data for {criterion}, which needs gradients or inputs, got none; "
+                "or use magnitude"
+            )
+        content["one_shot"] = {}
+    try:
+        return Recipe.of(content)
+    except ValueError as error:
+        raise ValueError(_in_options(str(error))) from None
 
 
-def _one_shot(
-    name: str,
-    output: Path,
-    pattern: str,
-    sparsity: float,
-    criterion: str,
-    scope: str | None,
-    counts: tuple[int, ...],
-    seed: int,
-) -> None:
-    """Prune by the weights alone at once, convert and save."""
-    import torch
-
-    from ..classifiers import load_model, load_tokenizer, save_model
-    from ..prune import finalize_, find_criterion, parse_pattern, prune_
-
-    rule = find_criterion(criterion)
-    if rule.needs:
-        raise ValueError(
-            f"criterion: expected --data for {criterion}, which needs gradients or inputs, got none; or use magnitude"
-        )
-    tokenizer, model = load_tokenizer(name), load_model(name)
-    _check_sparsity(sparsity)
-    torch.manual_seed(seed)
-    prune_(model, parse_pattern(pattern), sparsity, criterion, scope or rule.scope)
-    note("warning: no --data, so the accuracy that pruning costs is neither recovered nor measured")
-    plan = _convert(finalize_(model), sparsity, counts)
-    save_model(model, output, tokenizer)
-    _write_result(output, plan, {})
-    _summarize(model, plan, output)
+def _in_options(message: str) -> str:
+    """A message about fields of a recipe as one about options."""
+    for option, places in PLACES.items():
+        for place in places:
+            message = message.replace(f"{place}:", f"{option.replace('_', '-')}:") if "." in place else message
+    return message
 
 
-def _check_paths(model: str, output: Path) -> None:
-    output_directory(output)
-    if output.is_dir() and Path(model).is_dir() and output.samefile(model):
-        raise ValueError(f"output: expected another directory than the model's, got {output}")
+def _section(content: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    for name in names:
+        content = content.setdefault(name, {})
+    return content
 
 
-def _check_sparsity(sparsity: float) -> None:
-    if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity: expected a fraction between 0 and 1, got {sparsity}")
-
-
-def _check_pattern(model: nn.Module, recovery: RecoveryConfig) -> None:
-    """Find out before any training whether the pattern fits every layer; the model stays as it is."""
-    from ..prune import finalize_, prune_
-
-    prune_(model, recovery.pattern, 0.0)
-    finalize_(model)
-
-
-def _recovery_config(pattern: str, sparsity: float, criterion: str, scope: str | None) -> RecoveryConfig:
-    from ..prune import find_criterion, parse_pattern
-    from ..train import RecoveryConfig
-
-    _check_sparsity(sparsity)
-    scope = scope or find_criterion(criterion).scope
-    return RecoveryConfig(pattern=parse_pattern(pattern), sparsity=sparsity, criterion=criterion, scope=scope)
-
-
-def _finetune_config(head: Head, epochs: int | None, batch_size: int, seed: int) -> FinetuneConfig | None:
-    """None where the dense model can be used as it is."""
-    from ..train import FinetuneConfig
-
-    if head.trained:
-        return None
-    if epochs == 0:
-        raise ValueError(f"finetune-epochs: expected at least 1, as {head.why}, got 0")
-    return FinetuneConfig(epochs=epochs or FINETUNE_EPOCHS, batch_size=batch_size, seed=seed)
-
-
-def _read(
-    data: Path, test: Path | None, columns: tuple[str, str, str | None], config: Any, retrain: bool, seed: int
-) -> tuple[Head, TextDataset, TextDataset]:
-    """(classes, training texts, test texts), both with labels that index the classes."""
-    from ..classifiers import choose_head
-    from ..data import check_split, load_table
-
-    head = choose_head(config, load_table(data, *columns).label_names, retrain)
-    texts = load_table(data, *columns, label_names=head.names)
-    if test is not None:
-        test_texts = load_table(test, *columns, label_names=head.names)
-        check_split(texts, test_texts)
-        return head, texts, test_texts
-    train, held_out = texts.split(HELD_OUT, seed)
-    note(f"no --test: {len(held_out)} of the {len(texts)} rows are held out for testing")
-    return head, train, held_out
-
-
-def _convert(model: nn.Module, sparsity: float, counts: tuple[int, ...]) -> Plan:
-    """Sparse layers where they are faster; if few zeros were asked for, layers with few are considered too."""
-    from ..convert import SparsifyConfig, sparsify_
-
-    if not native.available:
-        note(f"{native.why_unavailable}: without it no sparse layer is faster than a dense one")
-    note("choosing for every layer by what is fast on this machine; the first time takes some seconds more")
-    least = min(SparsifyConfig.min_sparsity, 0.9 * sparsity)
-    return sparsify_(model, SparsifyConfig(token_counts=counts, min_sparsity=least))
-
-
-def _write_result(output: Path, plan: Plan, qualities: dict[str, Any]) -> None:
-    """Quality and plan as JSON beside the checkpoint."""
-    partial = output / f"{RESULT_FILE}.partial"
-    partial.write_text(json.dumps({"quality": qualities, "plan": plan.as_dict()}, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output / RESULT_FILE)
-
-
-def _summarize(model: nn.Module, plan: Plan, output: Path) -> None:
+def _report(job: Job, outcome: Outcome) -> None:
+    """What it cost, what it brought, and where it is."""
+    from ..classifiers import Quality
+    from ..recipe import RESULT_FILE
     from ..report import report
 
-    sizes = report(model)
+    output, plan = job.output, outcome.plan
+    qualities = {name: q for name, q in outcome.qualities.items() if isinstance(q, Quality)}
+    if qualities:
+        print_table(quality_cells(qualities), f"{qualities['dense'].examples} test examples")
+    for name, quality in outcome.qualities.items():
+        if not isinstance(quality, Quality):
+            say(f"perplexity, {name}: {quality.perplexity:.1f}")
+    sizes = report(outcome.model)
     weights = {row.name: row.shape[0] * row.shape[1] for row in plan.rows if row.sparsity > 0}
     zeros = sum(row.sparsity * weights[row.name] for row in plan.rows if row.name in weights) / sum(weights.values())
     say(
@@ -290,6 +244,10 @@ def _summarize(model: nn.Module, plan: Plan, output: Path) -> None:
     )
     if not plan.converted:
         say("every layer stays dense, because that is faster here: expect no speed-up")
+    if outcome.speedup is not None:
+        say(f"{outcome.speedup:.2f} times as fast as the dense model, for {job.recipe.target}")
     say(f"memory: {sizes.dense_bytes / 1e6:.1f} MB dense, {sizes.stored_bytes / 1e6:.1f} MB now")
     say(f"saved: {output}; layer by layer: {output / RESULT_FILE}")
     say(f"next: sparsenlp bench {output}")
+    if outcome.dense is not None:
+        say(f"dense model: {outcome.dense}")
