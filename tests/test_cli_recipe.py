@@ -283,6 +283,30 @@ def test_a_target_of_time_gives_each_layer_its_sparsity(files, make, tmp_path, m
     assert "times as fast as the dense model, for 2x faster" in result.stdout
 
 
+def test_a_target_of_time_is_not_measured_again_when_a_run_goes_on(make, tmp_path, monkeypatch):
+    """Other sparsities would make another run, whose recovery could not go on from the state of the first."""
+    asked = []
+
+    def allocate(*_, **options):
+        asked.append(options)
+        return Allocation({QUERY: Option(LayerTarget(Block(8, 1), 0.75), 0.0, 0.0)})
+
+    def stop(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsenlp.recipe.calibrate.allocate_to_target", allocate)
+    path = make(recover=ONE_EPOCH, target="2x faster")
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsenlp.train.recover", stop)
+        result = invoke("prune", "--recipe", path, tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr.strip().splitlines()[-1].endswith("run the same command again to go on from there")
+    succeed("prune", "--recipe", path, tmp_path / "out")
+    assert len(asked) == 1
+    assert record_of(tmp_path / "out")["layer_targets"] == {QUERY: {"pattern": "8x1", "sparsity": 0.75}}
+    assert not (tmp_path / "out" / "work").exists()
+
+
 def test_the_target_is_an_option_too(files, tmp_path):
     options = ("--data", files / "train.csv", "--test", files / "test.csv", "--target")
     message = failure("prune", files / "model", tmp_path / "out", *options, "fast")

@@ -158,7 +158,7 @@ def test_targets():
         ({"model": "some", "one_shot": {}, "prune": {"criterion": "taylor"}}, "prune.criterion: expected labelled"),
         (SMALLEST | {"prune": {"pattern": "2:4"}}, "sparsity: expected at most 0.5 for 2:4, got 0.9"),
         (SMALLEST | {"rounds": {}, "prune": {"pattern": "2:4"}}, "sparsity: expected at most 0.5 for 2:4, got 0.95"),
-        (SMALLEST | {"structured": [{"kind": "layers", "layers": [1]}]}, "hidden_weight: expected 0 where layers"),
+        (SMALLEST | {"structured": [{"kind": "layers", "layers": [1]}]}, "recover: expected hidden_weight 0 where"),
         ({"model": "some", "data": {"task": "news_articles"}}, "one_shot: expected it for a language model"),
         ({"model": "some", "one_shot": {"solver": "sparsegpt"}}, "data: expected some for sparsegpt, got none"),
     ],

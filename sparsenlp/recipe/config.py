@@ -281,10 +281,11 @@ class Recipe:
         if self.data is None and any(_needs(stage.criterion) for stage in self.structured):
             raise ValueError("structured: expected labelled texts for its criterion, got none")
         loses_layers = any(stage.kind == "layers" for stage in self.structured)
-        phases = self.training_phases if loses_layers else ()
-        if any(phase.hidden_weight > 0 for phase in phases):
+        weight = max((phase.hidden_weight for phase in self.training_phases), default=0.0)
+        if loses_layers and weight > 0:
             raise ValueError(
-                "hidden_weight: expected 0 where layers are removed, as hidden states do not correspond, got more"
+                f"{'rounds' if self.in_rounds else 'recover'}: expected hidden_weight 0 where layers are removed, "
+                f"as hidden states do not correspond then, got {weight}"
             )
 
     @property
