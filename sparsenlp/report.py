@@ -130,6 +130,11 @@ def cosine_similarity(a: nn.Module, b: nn.Module) -> Similarity:
     return Similarity({name: _cosine(*p) for name, p in products.items()}, _cosine(*sums))
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Of two tensors of one shape, each taken as one vector; in float64 on the CPU, 0 if one is all zero."""
+    return _cosine(*_dots(a, b))
+
+
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
     """(name, layer) of every nn.Linear, masked ones and subclasses included, and SparseLinear, once each."""
     for name, module in model.named_modules():
@@ -183,7 +188,12 @@ def _products(name: str, a: nn.Linear | SparseLinear, b: nn.Linear | SparseLinea
     wa, wb = effective_weight(a), effective_weight(b)
     if wa.shape != wb.shape:
         raise ValueError(f"cosine_similarity: expected {name} of shape {tuple(wa.shape)}, got {tuple(wb.shape)}")
-    va, vb = (w.to("cpu", torch.float64).flatten() for w in (wa, wb))
+    return _dots(wa, wb)
+
+
+def _dots(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """(a·b, a·a, b·b)."""
+    va, vb = (tensor.detach().to("cpu", torch.float64).flatten() for tensor in (a, b))
     return float(va @ vb), float(va @ va), float(vb @ vb)
 
 
