@@ -7,7 +7,7 @@ NATIVE := $(or $(SPARSENLP_NATIVE),1)
 BUILT := $(VENV)/.built-$(NATIVE)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test sanitize emulate lint format bench bench-e2e demo demo-quick dist clean
+.PHONY: build test sanitize emulate lint format bench bench-e2e bench-accuracy demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -52,6 +52,10 @@ bench: build
 # them (see bench/model_peers.py). BENCH=--full sweeps, for hours.
 bench-e2e: build
 	$(BIN)/python bench/end_to_end.py --peers $(BENCH)
+
+# Some hours, unless runs/accuracy holds what was done before. BENCH=--full adds criteria and patterns.
+bench-accuracy: build
+	$(BIN)/python bench/accuracy.py --jobs 2 $(BENCH)
 
 demo: build
 	$(BIN)/sparsenlp demo
