@@ -161,14 +161,23 @@ def plan(parts: Sequence[Sequence[Method]], tasks: Sequence[str], seeds: int) ->
 
 
 def train(records: Records, chosen: Sequence[Cell], jobs: int) -> Iterator[Cell]:
-    """Do what is missing of the chosen cells and of the dense models that they need; yields each when it is done."""
+    """Do what is missing of the chosen cells and of the dense models that they need; yields each when it is done.
+
+    With several jobs the cells that measure time come last, one after another.
+    """
     needed = dict.fromkeys(each for cell in chosen for each in (cell.dense, cell))
-    waiting = [cell for cell in needed if records.result(cell) is None]
-    if jobs == 1:
-        for cell in waiting:
+    missing = [cell for cell in needed if records.result(cell) is None]
+    together = [cell for cell in missing if jobs > 1 and not cell.is_timed]
+    yield from train_together(records, together, jobs)
+    for cell in missing:
+        if cell not in together:
             do(cell, records)
             yield cell
-        return
+
+
+def train_together(records: Records, cells: Sequence[Cell], jobs: int) -> Iterator[Cell]:
+    """Several at a time, each in a process of its own; what starts from a dense model waits until that is there."""
+    waiting = list(cells)
     running: dict[Future[None], Cell] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         while waiting or running:

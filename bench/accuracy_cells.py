@@ -236,6 +236,11 @@ class Cell:
     def is_dense(self) -> bool:
         return isinstance(self.method, Dense)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it measures time, and so wants the machine for itself."""
+        return isinstance(self.method, Allocated)
+
 
 class Workbench:
     """Texts and untrained model of a task and seed."""
@@ -256,13 +261,14 @@ class Workbench:
 def run_cell(cell: Cell, bench: Workbench, dense: nn.Module) -> tuple[nn.Module, Row]:
     """(trained model, what came out): `dense` is the fine-tuned model, or for a dense cell one to fine-tune.
 
-    seconds   of all that makes the model from `dense`: the teacher's outputs, allocation, training
-    sparsity  share of the dense model's prunable weights that is zero or gone
+    seconds      of all that makes the model from `dense`: the teacher's outputs, allocation, training
+    cpu_seconds  the same on all threads, without waiting for others on a busy machine
+    sparsity     share of the dense model's prunable weights that is zero or gone
     """
     total = sum(layer.weight.numel() for layer in prunable(dense).values())
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     model = cell.method.train(dense, bench.train, bench.setup, cell.seed)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
     left = sum(int(layer.weight.count_nonzero()) for layer in prunable(model).values())
     logits = predict(model, bench.test)
     reference = logits if cell.is_dense else predict(dense, bench.test)
@@ -273,6 +279,7 @@ def run_cell(cell: Cell, bench: Workbench, dense: nn.Module) -> tuple[nn.Module,
         "seed": cell.seed,
         "sparsity": 1 - left / total,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "training_threads": torch.get_num_threads(),
         "training_texts": len(bench.train),
         **judge(logits, bench.test.labels, reference).as_dict(),

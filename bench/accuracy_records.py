@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accuracy_cells import Allocated, Cell, Row, Setup, Workbench
+from accuracy_cells import Cell, Row, Setup, Workbench
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ class Records:
         about = [__version__, repr(cell), str((setup.finetuning, setup.max_length, setup.texts, setup.tiny is None))]
         if not cell.is_dense:
             about += [self.identity(cell.dense), repr(setup.recovery)]
-        if isinstance(cell.method, Allocated):
+        if cell.is_timed:
             about.append(repr((setup.setting, setup.threads)))
         return hashlib.sha256("\n".join(about).encode()).hexdigest()
 

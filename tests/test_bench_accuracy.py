@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import log
 from pathlib import Path
@@ -278,6 +280,35 @@ def test_names_select_cells():
         "rotten_tomatoes/dense/1",
     ]
     assert len(names) == len(set(names))
+
+
+def test_jobs_wait_for_their_dense_model(monkeypatch):
+    """Two at a time; cells that measure time come last, when nothing else runs."""
+    import accuracy
+    from accuracy_cells import Allocated, Cell, Dense, Layers
+
+    done, under_way, most = {}, [], []
+
+    class Done:
+        def result(self, cell):
+            return done.get(cell)
+
+    def do(cell, records):
+        under_way.append(cell)
+        most.append((cell, len(under_way)))
+        assert cell.is_dense or cell.dense in done
+        time.sleep(0.05)
+        under_way.remove(cell)
+        done[cell] = {}
+
+    monkeypatch.setattr(accuracy, "do", do)
+    monkeypatch.setattr(accuracy, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    methods = (Allocated("2x faster"), Layers(1), Layers(2), Dense())
+    cells = [Cell("rotten_tomatoes", method, seed) for method in methods for seed in range(2)]
+    assert set(accuracy.train(Done(), cells, jobs=2)) == set(done) == set(cells)
+    assert max(count for _, count in most) == 2
+    assert [(cell.method, count) for cell, count in most[-2:]] == [(methods[0], 1)] * 2
+    assert list(accuracy.train(Done(), cells, jobs=2)) == []
 
 
 def test_an_absent_task_is_skipped_with_a_line(tmp_path, monkeypatch, capsys):
