@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -233,12 +234,13 @@ def collect(
             results.append({**result, "latency": records.latency(cell)})
     missing = [cell.name for cell in planned if records.result(cell) is None]
     summary = summarize(results)
+    models = Counter(cell.method.family for cell in planned if (cell.task, cell.seed) == (planned[0].task, 0))
     return {
         "complete": not missing and not skipped,
         "planned": len(planned),
         "missing": missing,
         "skipped": list(skipped),
-        "targets": judge(summary, seeds),
+        "targets": judge(summary, seeds, models),
         "summary": summary,
         "results": results,
     }

@@ -105,7 +105,6 @@ def draw(record: dict[str, Any], path: Path) -> bool:
         cells = [cell for cell in timed if cell["task"] == task]
         panel(row[0], cells, "accuracy", 100, "accuracy, %")
         panel(row[1], [cell for cell in cells if cell["family"] != "dense"], "kl", 1, "KL to the dense model, nats")
-        row[1].set_yscale("log")
         row[0].set_title(task, fontsize=9)
     axes[0][0].legend(fontsize=7)
     latency = next(row["latency"] for row in record["results"] if row["latency"])
@@ -113,7 +112,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     seeds = max(len(row["seeds"]) for row in timed)
     partial = "; partial" if record["missing"] else ""
     figure.suptitle(
-        f"pruned MiniLM-L6, fp32: mean and standard deviation of up to {seeds} seeds{partial}; "
+        f"pruned MiniLM-L6, fp32: mean and standard deviation over seeds (at most {seeds}){partial}; "
         f"time: {settings} tokens, geometric mean\n{machine_line(latency['machine'])}",
         fontsize=8,
         wrap=True,

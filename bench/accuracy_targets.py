@@ -7,7 +7,7 @@ the geometric mean of all settings. KL to the dense model is less noisy than acc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import exp, log
 from statistics import fmean, stdev
@@ -72,8 +72,13 @@ def relative_time(latency: Row) -> float:
     return exp(fmean(log(cell["over_dense"]["median"]) for cell in latency["settings"].values()))
 
 
-def judge(summary: Sequence[Row], seeds: int) -> list[Row]:
-    """A row for each target. `reached` is None where cells are missing: fewer than `seeds`, or no latency."""
+def judge(summary: Sequence[Row], seeds: int, models: Mapping[str, int]) -> list[Row]:
+    """A row for each target.
+
+    seeds    how many of each model there are to be
+    models   family -> how many models of it there are to be for each task
+    returns  rows whose `reached` is None where cells or latencies are missing
+    """
     rows = {(row["task"], row["label"]): row for row in summary}
     judged = []
     for (task, label), bound in MOST_POINTS_LOST.items():
@@ -86,7 +91,7 @@ def judge(summary: Sequence[Row], seeds: int) -> list[Row]:
         judged.append(_at_most(f"{task} {label}, seconds of the recipe, longest", value, bound, row, seeds))
     for task in dict.fromkeys(task for task, _ in MOST_POINTS_LOST):
         for ours, rival, keys in RIVALS:
-            judged += [_against(summary, task, ours, rival, key, seeds) for key in keys]
+            judged += [_against(summary, task, ours, rival, key, seeds, models) for key in keys]
     return judged
 
 
@@ -94,10 +99,12 @@ def _at_most(title: str, value: float | None, bound: float, row: Row | None, see
     enough = row is not None and len(row["seeds"]) >= seeds
     count = len(row["seeds"]) if row is not None else 0
     reached = value <= bound if enough and value is not None else None
-    return {"title": title, "value": value, "target": f"≤ {bound:g}", "reached": reached, "note": f"{count} seeds"}
+    return {"title": title, "value": value, "target": f"≤ {bound:g}", "reached": reached, "note": f"seeds: {count}"}
 
 
-def _against(summary: Sequence[Row], task: str, ours: str, rival: str, key: str, seeds: int) -> Row:
+def _against(
+    summary: Sequence[Row], task: str, ours: str, rival: str, key: str, seeds: int, models: Mapping[str, int]
+) -> Row:
     """The least advantage of ours over the rival's models, in nats of KL or points of accuracy."""
     sign = -1.0 if key == "kl" else 100.0
     line = [(row["time"]["mean"], row[key]["mean"]) for row in _timed(summary, task, ours)]
@@ -106,8 +113,9 @@ def _against(summary: Sequence[Row], task: str, ours: str, rival: str, key: str,
         value = at_time(line, row["time"]["mean"])
         if value is not None:
             gains.append((sign * (value - row[key]["mean"]), row["label"], row["time"]["mean"]))
-    cells = [*_timed(summary, task, ours), *_timed(summary, task, rival)]
-    enough = bool(gains) and all(len(row["seeds"]) >= seeds for row in cells)
+    rows = {family: [*_timed(summary, task, family)] for family in (ours, rival)}
+    complete = all(len(found) >= models.get(family, 0) for family, found in rows.items())
+    complete = complete and all(len(row["seeds"]) >= seeds for found in rows.values() for row in found)
     least = min(gains, default=None)
     note = "not comparable yet" if least is None else f"against {least[1]} at {least[2]:.2f} of the dense model's time"
     unit = "nats of KL" if key == "kl" else "points"
@@ -115,7 +123,7 @@ def _against(summary: Sequence[Row], task: str, ours: str, rival: str, key: str,
         "title": f"{task}, {ours} over {rival} at equal latency, least gain in {unit}",
         "value": least[0] if least else None,
         "target": "> 0",
-        "reached": least[0] > 0 if enough and least else None,
+        "reached": least[0] > 0 if complete and least else None,
         "note": f"{note}, {len(gains)} of the rival's models",
     }
 

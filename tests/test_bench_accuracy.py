@@ -232,11 +232,11 @@ def test_value_at_a_time():
     assert at_time([], 0.5) is None
 
 
-def judged(rows, seeds=1):
+def judged(rows, seeds=1, models=None):
     from accuracy_targets import judge, summarize
 
     found = {}
-    for row in judge(summarize([cell("dense", "dense", accuracy=0.85), *rows]), seeds):
+    for row in judge(summarize([cell("dense", "dense", accuracy=0.85), *rows]), seeds, models or {}):
         found[row["title"]] = (row["value"], row["reached"])
     return found
 
@@ -264,6 +264,8 @@ def test_gain_at_equal_latency():
     assert found[f"{title} points"] == (pytest.approx(1.0), True)
     found = judged([*ours, *rivals, cell("layers-3", "layers", kl=0.04, accuracy=0.83, time=0.5)])
     assert found[f"{title} nats of KL"] == (pytest.approx(-0.06), False)
+    found = judged([*ours, *rivals], models={"layers": 2})
+    assert found[f"{title} points"] == (pytest.approx(1.0), None), "a rival's model is missing"
     found = judged([*ours, cell("layers-1", "layers", kl=0.3, time=0.05)])
     assert found[f"{title} nats of KL"] == (None, None), "faster than any of ours"
 
