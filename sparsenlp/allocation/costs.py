@@ -15,8 +15,11 @@ from .knapsack import Option
 class LayerCosts:
     """Predicted cost of a layer: its share of the time of all dense layers, averaged over token counts.
 
-    model         of this machine, calibrated for the kinds of `kinds`
+    model         of this machine, calibrated for what `kinds` names; KeyError otherwise
     shapes        name -> (N, K)
+    dtype         of the weights: float32 or bfloat16
+    token_counts  rows of the input
+    blocks        block shapes in which a pruned layer may run
     """
 
     def __init__(
@@ -36,14 +39,15 @@ class LayerCosts:
 
     @staticmethod
     def kinds(dtype: torch.dtype, blocks: Sequence[BlockShape]) -> list[Kind]:
+        """Layers of which a prediction is needed: dense, and in each block shape."""
         return [Kind.of(dtype), *(Kind.of(dtype, block) for block in blocks)]
 
     def dense(self, name: str) -> float:
-        """Of a layer that is not pruned."""
+        """Cost of a layer that is not pruned."""
         return self._share(None, self.shapes[name], 1.0)
 
     def pruned(self, name: str, target: LayerTarget) -> float:
-        """As the fastest of dense and the block shapes that hold the pattern without storing zeros."""
+        """Cost of a layer at a target: the fastest of dense and the block shapes that hold the pattern without storing zeros."""
         shape = self.shapes[name]
         density = 1 - target.sparsity
         fitting = [block for block in self.blocks if _holds(target.pattern, block)]
