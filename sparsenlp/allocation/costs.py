@@ -47,7 +47,7 @@ class LayerCosts:
         return self._share(None, self.shapes[name], 1.0)
 
     def pruned(self, name: str, target: LayerTarget) -> float:
-        """Cost of a layer at a target: the fastest of dense and the block shapes that hold the pattern without storing zeros."""
+        """Cost of a layer at a target: the fastest of dense and the blocks that hold the pattern without zeros."""
         shape = self.shapes[name]
         density = 1 - target.sparsity
         fitting = [block for block in self.blocks if _holds(target.pattern, block)]
