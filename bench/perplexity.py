@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparsenlp.data import news_articles, token_windows
 from sparsenlp.measure import use_threads
-from sparsenlp.prune import finalize_, parse_pattern, prune_, sparsegpt_, sparsity_of, wanda_
+from sparsenlp.prune import exact_obs_, finalize_, parse_pattern, prune_, sparsegpt_, sparsity_of, wanda_
 from sparsenlp.train import perplexity
 
 import smollm2  # isort: skip  (found through harness)
@@ -38,6 +38,7 @@ SPARSITY = 0.5
 PATTERNS = ("unstructured", "2:4", "8x1")
 METHODS: dict[str, Callable[..., Any]] = {
     "sparsegpt": sparsegpt_,
+    "exact_obs": exact_obs_,
     "wanda": wanda_,
     "magnitude": lambda model, _, pattern, sparsity: prune_(model, pattern, sparsity),
 }
@@ -69,7 +70,7 @@ def main() -> int:
         rows[0]["perplexity"] = perplexity(dense, evaluation)
         print(f"dense: {rows[0]['perplexity']:.1f}", file=sys.stderr)
         for method, prune in METHODS.items():
-            for pattern in PATTERNS:
+            for pattern in PATTERNS[2:] if prune is exact_obs_ else PATTERNS:  # it is for blocks
                 measured = run(dense, prune, pattern, calibration, evaluation)
                 rows.append({"method": method, "pattern": pattern} | measured)
                 print(f"{method} {pattern}: {measured['perplexity']:.1f}", file=sys.stderr)
