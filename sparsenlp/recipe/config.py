@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -360,7 +360,7 @@ class Recipe:
 def build(cls: type, content: Mapping[str, Any], default: Any = None) -> Any:
     """A dataclass from plain data, the sections inside it too; what is left out is as in `default` or the class."""
     hints = typing.get_type_hints(cls)
-    defaults = {f.name: f.default for f in fields(cls)}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
     values = {name: _value(hints[name], value, defaults[name]) for name, value in content.items()}
     return cls(**values) if default is None else replace(default, **values)
 

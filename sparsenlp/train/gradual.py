@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from ..prune import (
@@ -20,6 +21,9 @@ from ..prune import (
 from ..prune.layers import FilterFn, mask_of, prunable
 from .config import PruningConfig
 from .distributed import current_processes
+
+_START = "start"  # in a state: the sparsities that masks had when the run began
+_ALL = ""  # stands for all layers together among their names
 
 
 class GradualPruner:
@@ -44,9 +48,8 @@ class GradualPruner:
         add_masks_(model, config, filter_fn)
         self.sparsity = sparsity_of(model, filter_fn)
         masks = _masks(model)
-        self.start = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items()}
-        kept = sum(int(mask.sum()) for mask in masks.values())
-        self.start_of_all = 1 - kept / sum(mask.numel() for mask in masks.values())
+        kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+        self.start = {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items()} | {_ALL: 1 - kept}
         layers = prunable(model, filter_fn)
         self.statistics = collector(layers, CRITERIA[config.criterion].needs, config.statistics_decay)
         self._before: dict[str, Tensor] = {}
@@ -67,7 +70,7 @@ class GradualPruner:
     def _prune(self, step: int) -> None:
         config = self.config
         if config.layer_targets is None:
-            target = self._sparsity_at(step, config.sparsity, self.start_of_all)
+            target = self._sparsity_at(step, config.sparsity, self.start[_ALL])
             prune_(self.model, config.pattern, target, config.criterion, config.scope, self.filter_fn, self.statistics)
         else:
             targets = {
@@ -95,12 +98,18 @@ class GradualPruner:
             self.statistics.update()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The statistics; the masks are part of the model."""
-        return self.statistics.state_dict() if self.statistics is not None else {}
+        """The statistics, and where the sparsity began; the masks are part of the model."""
+        start = {_START: torch.tensor(list(self.start.values()), dtype=torch.float64)}
+        return start | (self.statistics.state_dict() if self.statistics is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for a state of other layers or statistics."""
+        start = state.get(_START)
+        if start is None or len(start) != len(self.start):
+            raise ValueError("gradual pruning: expected where the sparsity of these layers began, got another state")
         if self.statistics is not None:
-            self.statistics.load_state_dict(state)
+            self.statistics.load_state_dict({name: tensor for name, tensor in state.items() if name != _START})
+        self.start = dict(zip(self.start, start.tolist(), strict=True))
         self.sparsity = sparsity_of(self.model, self.filter_fn)
 
 
