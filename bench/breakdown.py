@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparsenlp.benchmark import Inputs
 from sparsenlp.layers import SparseEncoder
-from sparsenlp.measure import interleave
+from sparsenlp.measure import interleave, use_threads
 
 Parts = Counter[tuple[str, str]]
 """Seconds by (place, kind)."""
@@ -71,15 +71,18 @@ def breakdown(model: nn.Module, inputs: Inputs, repeats: int = 20) -> dict[str, 
     return {"parts": rows, "whole": whole, "outside": outside / whole}
 
 
-def dispatch(model: nn.Module, inputs: Inputs, hollow: nn.Module, seconds: float = 3.0) -> dict[str, float]:
-    """Seconds of a forward pass, and of one that has all its calls and next to no arithmetic, timed in turn.
+def dispatch(model: nn.Module, inputs: Inputs, hollow: nn.Module, seconds: float = 2.0) -> dict[str, float]:
+    """Seconds of a forward pass, and of one that has all its calls and next to no arithmetic.
 
-    hollow  a model of the same class, layers and conversion, but a few features wide; it is given one tile of tokens
+    hollow  a model of the same class, layers and conversion, but a few features wide; it is given one tile of tokens,
+            on one thread: waking others for nothing is no part of dispatch
     """
     few = {name: tensor[:1, :16] for name, tensor in inputs.items()}
     with torch.inference_mode():
-        runs = {"forward": lambda: model(**inputs), "dispatch": lambda: hollow(**few)}
-        return {name: timing.median for name, timing in interleave(runs, seconds).items()}
+        forward = interleave({"forward": lambda: model(**inputs)}, seconds)["forward"]
+        with use_threads(1):
+            calls = interleave({"dispatch": lambda: hollow(**few)}, seconds)["dispatch"]
+    return {"forward": forward.median, "dispatch": calls.median}
 
 
 def _seconds(event: Any) -> float:
