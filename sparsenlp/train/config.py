@@ -23,6 +23,7 @@ class TrainingConfig:
     freeze_embeddings  do not train parameters of embedding modules
     dropout            train with the model's dropout; without it the model runs in eval mode
     bf16               autocast to bfloat16; parameters stay in their own dtype
+    sparse_kernels     compute with sparse kernels in layers whose masks make that faster (see `sparse_steps`)
     seed               of the batches and of dropout
     evaluate_every     steps between evaluations where there are validation texts
     patience           evaluations without a better one after which training stops; None: never
@@ -37,6 +38,7 @@ class TrainingConfig:
     freeze_embeddings: bool = False
     dropout: bool = True
     bf16: bool = True
+    sparse_kernels: bool = True
     seed: int = 0
     evaluate_every: int = 50
     patience: int | None = None

@@ -20,6 +20,7 @@ from .distributed import Processes, current_processes
 from .forward import device_of, frozen_embeddings, plain_attention
 from .interrupt import InterruptRequest
 from .progress import progress_bar
+from .sparse_steps import sparse_steps
 from .state import (
     SavedState,
     model_tensors,
@@ -239,6 +240,7 @@ def _training(model: nn.Module, config: TrainingConfig) -> Iterator[None]:
         stack.enter_context(frozen_embeddings(model, config.freeze_embeddings))
         if config.bf16:
             stack.enter_context(plain_attention(model))
+        stack.enter_context(sparse_steps(model, config.sparse_kernels))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.callback(model.zero_grad)
         torch.manual_seed(config.seed)
