@@ -1,24 +1,29 @@
 """Texts: reading, splitting, tokenizing, batching, and a demonstration corpus."""
 
-from .batches import TokenizedDataset, shuffled_batches, sorted_batches, tokenize
+from .augment import join, splice, without_labels
+from .batches import UNLABELLED, TokenizedDataset, shuffled_batches, sorted_batches, tokenize
 from .demo import minilm_directory, rotten_tomatoes
 from .news import news_articles, token_windows
 from .text import TextDataset, check_split, encode_labels, load_table
 from .wordnet import supersense, word_definitions
 
 __all__ = [
+    "UNLABELLED",
     "TextDataset",
     "TokenizedDataset",
     "check_split",
     "encode_labels",
+    "join",
     "load_table",
     "minilm_directory",
     "news_articles",
     "rotten_tomatoes",
     "shuffled_batches",
     "sorted_batches",
+    "splice",
     "supersense",
     "token_windows",
     "tokenize",
+    "without_labels",
     "word_definitions",
 ]

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .text import TextDataset
 
+UNLABELLED = -100
+"""Label of a text that has none, as torch's cross-entropy ignores it."""
+
 BUCKET_BATCHES = 32
 """Batches are cut from buckets of this many batches, sorted by length."""
 
@@ -22,7 +25,7 @@ class TokenizedDataset:
     """Token ids without padding.
 
     columns    tokenizer output by name ("input_ids", "token_type_ids", ...): one list of ints per text
-    labels     (examples,) int64
+    labels     (examples,) int64, UNLABELLED for a text without one
     pad_values what each column is padded with
     """
 

@@ -97,7 +97,7 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
                         2020, arXiv:2003.02389), not once over all steps
     int8_fraction       share of all steps, the last ones, that train with the pruned layers' weights rounded
                         as `quantize` does; after `finalize_` int8 layers then compute with these very weights
-    label_weight        of the cross-entropy with the labels
+    label_weight        of the cross-entropy with the labels; a text without one adds nothing to the mean
     distill_weight      of KL(teacher || student) of the logits
     temperature         that the logits are divided by in that KL
     hidden_weight       of the mean squared error of hidden states, relative to the teacher's mean

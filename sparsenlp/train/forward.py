@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import TokenizedDataset
+from ..data import UNLABELLED, TokenizedDataset
 from ..modes import evaluating
 
 
@@ -25,8 +25,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def check_classes(model: nn.Module, data: TokenizedDataset) -> None:
-    """Raise ValueError unless the model has an output for every label. Runs the model on one example."""
+def check_classes(model: nn.Module, data: TokenizedDataset, unlabelled: bool = False) -> None:
+    """Raise ValueError unless the model has an output for every label; runs it on one example.
+
+    Texts without a label are refused too, unless `unlabelled` allows them.
+    """
+    missing = int((data.labels == UNLABELLED).sum())
+    if missing and not unlabelled:
+        raise ValueError(f"labels: expected one for each of {len(data)} texts, got {missing} without")
     with evaluating(model), torch.no_grad():
         classes = forward(model, data.batch([0])).logits.shape[-1]
     highest = int(data.labels.max())

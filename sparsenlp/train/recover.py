@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import TokenizedDataset
+from ..data import UNLABELLED, TokenizedDataset
 from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
@@ -43,6 +43,8 @@ def recover(
                 zeros permanent
     teacher     the dense model, or a Teacher such as CachedTeacher(dense, data) that several runs
                 on the same data share
+    data        texts may be without labels (see `sparsenlp.data.splice` and `join`): the model then only
+                imitates the teacher on them
     filter_fn   which layers are pruned, as in `prune_`
     state_path, save_every, on_step, validation   as in `finetune`; only states that have all their
                 zeros count as best
@@ -55,7 +57,7 @@ def recover(
     """
     config = config or RecoveryConfig()
     layers = prunable(model, filter_fn)
-    check_classes(model, data)
+    check_classes(model, data, unlabelled=True)
     check_validation(model, validation)
     _check_teacher(model, teacher, data, config)
     state_file = open_state(state_path, save_every, (config, tuple(layers)), data, model, validation)
@@ -155,7 +157,9 @@ class _RecoveryTask:
         teacher_logits, states = self.teacher.outputs(indices)
         mask = inputs["attention_mask"].to(device)
         hidden, projections = _divide([state.to(device) for state in states], self.divides)
-        loss = config.label_weight * F.cross_entropy(logits, self.data.labels[list(indices)].to(device))
+        labels = self.data.labels[list(indices)].to(device)
+        wrong = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum") / len(labels)
+        loss = config.label_weight * wrong
         loss = loss + config.distill_weight * soft_target_loss(logits, teacher_logits.to(device), config.temperature)
         if config.hidden_weight > 0:
             error = hidden_state_loss(output.hidden_states[1:], hidden, mask, self.processes)

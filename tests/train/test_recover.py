@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from sparsenlp.data import join, splice, without_labels
 from sparsenlp.prune import (
     CRITERIA,
     NM,
@@ -152,3 +153,22 @@ def test_a_filter_that_matches_nothing_is_refused(dense, make_data):
 def test_impossible_configs_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RecoveryConfig(**options)
+
+
+def test_texts_without_labels_are_imitated_only(dense, make_data):
+    data = make_data()
+    models = [copy.deepcopy(dense) for _ in range(2)]
+    recover(models[0], dense, without_labels(data), quick(epochs=1))
+    recover(models[1], dense, data, quick(epochs=1, label_weight=0.0))
+    for name, tensor in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[name], tensor, msg=name)
+    with pytest.raises(ValueError, match="labels: expected one for each of 64 texts, got 64 without"):
+        finetune(models[0], without_labels(data))
+
+
+def test_spliced_texts_train_beside_labelled_ones(dense, make_data):
+    data = make_data()
+    model = copy.deepcopy(dense)
+    log = recover(model, dense, join([data, splice(data, 32)]), quick(epochs=2))
+    assert log.steps == 2 * 12
+    assert torch.tensor(log.losses).isfinite().all()
