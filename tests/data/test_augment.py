@@ -38,7 +38,8 @@ def test_spliced_texts_are_a_beginning_and_an_end(lengths, count, seed):
     made = splice(dataset(*texts), count, seed)
     assert made.labels.tolist() == [UNLABELLED] * count
     for ids, types in zip(made.columns["input_ids"], made.columns["token_type_ids"], strict=True):
-        assert ids[0] == FIRST and ids[-1] == LAST and len(ids) == len(types) <= max(map(len, texts))
+        assert (ids[0], ids[-1]) == (FIRST, LAST)
+        assert len(ids) == len(types) <= max(map(len, texts))
         assert any(
             ids[:cut] == a[:cut] and ids[cut:] == b[len(b) - len(ids) + cut :]
             for a in texts
