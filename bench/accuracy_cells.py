@@ -31,7 +31,7 @@ from sparsenlp.data import (
     tokenize,
 )
 from sparsenlp.prune import GradientStatistics, Pattern, finalize_, parse_pattern, prunable, remove_layers_
-from sparsenlp.train import CachedTeacher, FinetuneConfig, RecoveryConfig, finetune, predict, recover
+from sparsenlp.train import CachedTeacher, FinetuneConfig, RecoveryConfig, finetune, predict, recover, training_texts
 
 TASKS = ("rotten_tomatoes", "supersense")
 
@@ -154,10 +154,11 @@ class Layers:
         model = self.shape_(copy.deepcopy(dense))
         total = layers_of(dense)
         ends = [round((i + 1) * total / self.kept) - 1 for i in range(self.kept)]
-        teacher = GroupTeacher(CachedTeacher(dense, data, quiet=True), ends)
         # Sparsity 0: masks without zeros, so that this is the loop that all others go through.
         settings = {"sparsity": 0.0, "criterion": "magnitude", "ramp_fraction": 0.0}
-        recover(model, teacher, data, replace(setup.recovery, **settings, seed=seed), quiet=True)
+        config = replace(setup.recovery, **settings, seed=seed)
+        teacher = GroupTeacher(CachedTeacher(dense, training_texts(data, config), quiet=True), ends)
+        recover(model, teacher, data, config, quiet=True)
         return finalize_(model)
 
 

@@ -7,7 +7,7 @@ from .finetune import finetune
 from .incremental import IncrementalConfig, IncrementalLog, Round, prune_incrementally
 from .loop import StepInfo, TrainingLog
 from .perplexity import masked_perplexity, perplexity
-from .recover import recover
+from .recover import recover, training_texts
 from .validation import Evaluation
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "predict",
     "prune_incrementally",
     "recover",
+    "training_texts",
 ]

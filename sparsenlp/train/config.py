@@ -93,6 +93,8 @@ class PruningConfig:
 class RecoveryConfig(PruningConfig, TrainingConfig):
     """Gradual pruning with distillation from the dense model (see PruningConfig and TrainingConfig for the rest).
 
+    spliced             texts without labels that `splice` makes for each training text, to imitate the teacher
+                        on; an epoch passes over them, too
     rewind              run the learning-rate schedule once over the ramp and again after it (Renda et al.
                         2020, arXiv:2003.02389), not once over all steps
     int8_fraction       share of all steps, the last ones, that train with the pruned layers' weights rounded
@@ -111,6 +113,7 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
     The defaults recovered MiniLM-L6 best among those tried; 3 epochs of 7,000 sentences.
     """
 
+    spliced: float = 1.0
     rewind: bool = False
     int8_fraction: float = 0.0
     label_weight: float = 0.3
@@ -130,6 +133,7 @@ class RecoveryConfig(PruningConfig, TrainingConfig):
         PruningConfig.__post_init__(self)
         rest = 1 - self.ramp_fraction
         _require("int8_fraction", 0 <= self.int8_fraction <= rest, "at most 1 - ramp_fraction", self.int8_fraction)
+        _require("spliced", self.spliced >= 0, "a number of at least 0", self.spliced)
         _require("temperature", self.temperature > 0, "a positive number", self.temperature)
         known = len(self.relations) > 0 and set(self.relations) <= set(RELATIONS)
         _require("relations", known, f"some of {', '.join(RELATIONS)}", ", ".join(self.relations) or "none")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import UNLABELLED, TokenizedDataset
+from ..data import UNLABELLED, TokenizedDataset, join, splice
 from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
@@ -41,10 +41,10 @@ def recover(
 
     model       starts dense, usually as a copy of the teacher; ends masked: `finalize_` makes the
                 zeros permanent
-    teacher     the dense model, or a Teacher such as CachedTeacher(dense, data) that several runs
-                on the same data share
-    data        texts may be without labels (see `sparsenlp.data.splice` and `join`): the model then only
-                imitates the teacher on them
+    teacher     the dense model, or a Teacher of `training_texts(data, config)`, such as a CachedTeacher that
+                several runs share
+    data        some texts may be UNLABELLED: on these, and those that config.spliced adds, the model only
+                imitates the teacher
     filter_fn   which layers are pruned, as in `prune_`
     state_path, save_every, on_step, validation   as in `finetune`; only states that have all their
                 zeros count as best
@@ -58,6 +58,7 @@ def recover(
     config = config or RecoveryConfig()
     layers = prunable(model, filter_fn)
     check_classes(model, data, unlabelled=True)
+    data = training_texts(data, config)
     check_validation(model, validation)
     _check_teacher(model, teacher, data, config)
     state_file = open_state(state_path, save_every, (config, tuple(layers)), data, model, validation)
@@ -69,6 +70,11 @@ def recover(
     return run(model, data, task, config, state_file, quiet, on_step, validation)
 
 
+def training_texts(data: TokenizedDataset, config: RecoveryConfig) -> TokenizedDataset:
+    """What `recover` trains on: the texts of `data`, then config.spliced as many without labels, by config.seed."""
+    return join([data, splice(data, round(config.spliced * len(data)), config.seed)])
+
+
 @torch.no_grad()
 def _check_teacher(
     model: nn.Module, teacher: nn.Module | Teacher, data: TokenizedDataset, config: RecoveryConfig
@@ -77,7 +83,9 @@ def _check_teacher(
     hidden, relations = config.hidden_weight > 0, config.relation_weight > 0
     if isinstance(teacher, CachedTeacher):
         if teacher.fingerprint != data.fingerprint():
-            raise ValueError("teacher: expected outputs cached over the same data, got those of another data set")
+            raise ValueError(
+                "teacher: expected outputs cached over training_texts(data, config), got those of other texts"
+            )
         if relations and not teacher.relations:
             raise ValueError(
                 "teacher: expected outputs cached with relations=True, got none of queries, keys and values"

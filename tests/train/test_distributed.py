@@ -10,7 +10,9 @@ import torch
 from sparsenlp.train import FinetuneConfig, RecoveryConfig, finetune, recover
 from sparsenlp.train.distributed import Processes, current_processes
 
-RECOVERY = RecoveryConfig(epochs=2, batch_size=8, update_every=2, learning_rate=1e-3, sparsity=0.75, bf16=False)
+RECOVERY = RecoveryConfig(
+    epochs=2, batch_size=8, update_every=2, learning_rate=1e-3, sparsity=0.75, spliced=0.5, bf16=False
+)
 LIVE = RecoveryConfig(**vars(RECOVERY) | {"cache_gib": 0.0, "relation_weight": 1.0})
 FINETUNING = FinetuneConfig(epochs=2, batch_size=8, dropout=False, bf16=False)
 WITH_DROPOUT = FinetuneConfig(epochs=2, batch_size=8, bf16=False)

@@ -7,7 +7,7 @@ from sparsenlp.prune import finalize_, masked_layers, sparsity_of
 from sparsenlp.train import FinetuneConfig, IncrementalConfig, RecoveryConfig, finetune, prune_incrementally
 from sparsenlp.train import incremental as module
 
-QUICK = {"batch_size": 8, "epochs": 2, "update_every": 1}
+QUICK = {"batch_size": 8, "epochs": 2, "spliced": 0.0, "update_every": 1}
 
 
 def config(**options):

@@ -12,7 +12,14 @@ from sparsenlp.train import RecoveryConfig, predict, recover
 from sparsenlp.train.int8 import is_rounded, round_to_int8, start_rounding, stop_rounding
 
 CONFIG = RecoveryConfig(
-    epochs=3, batch_size=8, update_every=2, learning_rate=1e-3, sparsity=0.75, int8_fraction=0.25, dropout=True
+    epochs=3,
+    spliced=0.0,
+    batch_size=8,
+    update_every=2,
+    learning_rate=1e-3,
+    sparsity=0.75,
+    int8_fraction=0.25,
+    dropout=True,
 )
 
 

@@ -12,6 +12,7 @@ from sparsenlp.train import state as state_module
 
 CONFIG = RecoveryConfig(
     epochs=3,
+    spliced=0.0,
     batch_size=8,
     update_every=2,
     learning_rate=1e-3,

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from sparsenlp.data import join, splice, without_labels
+from sparsenlp.data import UNLABELLED, without_labels
 from sparsenlp.prune import (
     CRITERIA,
     NM,
@@ -15,11 +15,22 @@ from sparsenlp.prune import (
     prune_,
     sparsity_of,
 )
-from sparsenlp.train import CachedTeacher, FinetuneConfig, RecoveryConfig, finetune, kl_divergence, predict, recover
+from sparsenlp.train import (
+    CachedTeacher,
+    FinetuneConfig,
+    RecoveryConfig,
+    finetune,
+    kl_divergence,
+    predict,
+    recover,
+    training_texts,
+)
 
 
 def quick(**options):
-    return RecoveryConfig(**({"epochs": 4, "batch_size": 8, "update_every": 2, "learning_rate": 2e-3} | options))
+    return RecoveryConfig(
+        **({"epochs": 4, "batch_size": 8, "update_every": 2, "learning_rate": 2e-3, "spliced": 0.0} | options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +121,7 @@ def test_a_teacher_of_another_shape_is_refused(dense, make_model, make_data, opt
 
 def test_a_cache_of_other_data_is_refused(dense, make_data):
     model = copy.deepcopy(dense)
-    with pytest.raises(ValueError, match="expected outputs cached over the same data"):
+    with pytest.raises(ValueError, match="expected outputs cached over training_texts"):
         recover(model, CachedTeacher(dense, make_data(seed=1)), make_data(), quick())
     assert_untouched(model, dense)
 
@@ -169,6 +180,10 @@ def test_texts_without_labels_are_imitated_only(dense, make_data):
 def test_spliced_texts_train_beside_labelled_ones(dense, make_data):
     data = make_data()
     model = copy.deepcopy(dense)
-    log = recover(model, dense, join([data, splice(data, 32)]), quick(epochs=2))
+    log = recover(model, dense, data, quick(epochs=2, spliced=0.5))
     assert log.steps == 2 * 12
+    texts = training_texts(data, quick(spliced=0.5))
+    assert (texts.labels == UNLABELLED).tolist() == [False] * 64 + [True] * 32
+    assert training_texts(data, quick(spliced=0.5, seed=1)).columns != texts.columns
+    assert training_texts(data, quick()).columns == data.columns
     assert torch.tensor(log.losses).isfinite().all()

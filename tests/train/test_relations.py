@@ -12,7 +12,7 @@ from sparsenlp.train.relations import RELATIONS, last_projections, recorded, rel
 
 
 def quick(**options):
-    options = {"epochs": 1, "batch_size": 8, "update_every": 2, "relation_weight": 1.0} | options
+    options = {"epochs": 1, "spliced": 0.0, "batch_size": 8, "update_every": 2, "relation_weight": 1.0} | options
     return RecoveryConfig(**options)
 
 

@@ -10,7 +10,9 @@ from sparsenlp.train import FinetuneConfig, RecoveryConfig, finetune, recover
 from sparsenlp.train import loop as loop_module
 from sparsenlp.train import state as state_module
 
-CONFIG = RecoveryConfig(epochs=3, batch_size=8, update_every=2, learning_rate=1e-3, sparsity=0.75, dropout=True)
+CONFIG = RecoveryConfig(
+    epochs=3, spliced=0.0, batch_size=8, update_every=2, learning_rate=1e-3, sparsity=0.75, dropout=True
+)
 
 
 def interrupt_at(step):

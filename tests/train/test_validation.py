@@ -11,6 +11,7 @@ from sparsenlp.train import CachedTeacher, FinetuneConfig, RecoveryConfig, accur
 FINETUNING = FinetuneConfig(epochs=3, batch_size=8, learning_rate=3e-3, evaluate_every=4, bf16=False)
 RECOVERY = RecoveryConfig(
     epochs=3,
+    spliced=0.0,
     batch_size=8,
     update_every=2,
     learning_rate=1e-3,
