@@ -74,7 +74,7 @@ class PruningConfig:
     sparsity: float = 0.9
     criterion: str = "taylor"
     scope: str = "global"
-    ramp_fraction: float = 0.6
+    ramp_fraction: float = 0.5
     update_every: int = 10
     statistics_decay: float = 0.95
     layer_targets: Mapping[str, LayerTarget] | None = None
