@@ -118,12 +118,13 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
 
     Beside the checkpoint stands RESULT_FILE: the recipe, its SHA-256, the qualities and the plan; the SHA-256 is also
     `recipe_sha256` in config.json. Running it again after an interruption goes on where fine-tuning or recovery
-    stopped; rounds begin anew.
+    stopped, or after the last round that was done.
 
     Raises ValueError for a target that cannot be met, saying the best that can, and as the stages do.
     """
     recipe, task, model = job.recipe, job.task, job.model
-    states = [job.work / name for name in ("finetune.safetensors", "recover.safetensors", "layer_targets.json")]
+    files = ("finetune.safetensors", "recover.safetensors", "layer_targets.json", "rounds.safetensors")
+    states = [job.work / name for name in files]
     removals, layer_targets, rounds = [], None, None
     if job.finetunes:
         _finetune(job, states[0], note)
@@ -138,7 +139,7 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
     if recipe.one_shot is not None:
         _prune_at_once(job, recipe.one_shot, filter_fn)
     elif recipe.in_rounds:
-        rounds = _prune_in_rounds(job, dense, filter_fn, note)
+        rounds = _prune_in_rounds(job, dense, filter_fn, states[3], note)
     else:
         if recipe.allocates:
             layer_targets = _allocated(job, filter_fn, states[2], note)
@@ -238,7 +239,9 @@ def _allocated(job: Job, filter_fn: FilterFn | None, file: Path, note: Note) -> 
     return targets
 
 
-def _prune_in_rounds(job: Job, dense: nn.Module, filter_fn: FilterFn | None, note: Note) -> training.IncrementalLog:
+def _prune_in_rounds(
+    job: Job, dense: nn.Module, filter_fn: FilterFn | None, state: Path, note: Note
+) -> training.IncrementalLog:
     recipe, model, task, wanted = job.recipe, job.model, job.task, job.recipe.wanted
     assert isinstance(task, Classification)
     validation = task.validation
@@ -258,6 +261,7 @@ def _prune_in_rounds(job: Job, dense: nn.Module, filter_fn: FilterFn | None, not
         recipe.incremental(least),
         filter_fn,
         on_round=lambda r: note(f"{r.sparsity:.1%} zeros: accuracy {r.metric:.1%}" + ("" if r.kept else ", undone")),
+        state_path=state,
     )
     note(f"rounds ended: {log.reason}")
     if log.last_kept is None:

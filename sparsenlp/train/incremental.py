@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset
 from ..prune import sparsity_of
-from ..prune.layers import FilterFn
+from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import Teacher
 from .gradual import add_masks_
 from .recover import recover
-from .state import model_tensors, restore_model
+from .state import SavedState, check_state, identity_of, model_tensors, read_state, restore_model, write_state
 
 Metric = Callable[[nn.Module], float]
 
@@ -59,7 +61,7 @@ class Round:
 
     sparsity  measured
     metric    after recovery
-    seconds   since the first round began
+    seconds   since the first round began, not counting pauses
     """
 
     sparsity: float
@@ -94,6 +96,7 @@ def prune_incrementally(
     filter_fn: FilterFn | None = None,
     quiet: bool = False,
     on_round: Callable[[Round], None] | None = None,
+    state_path: str | Path | None = None,
 ) -> IncrementalLog:
     """Prune a classifier as far as its metric allows, in place; it ends in its last good state, with masks.
 
@@ -103,44 +106,60 @@ def prune_incrementally(
 
     model, teacher, data, filter_fn   as in `recover`
     metric   model -> a number, the higher the better, on texts that are not in `data`
+    on_round   called after each round
+    state_path   file to resume from if it exists, written after each round: the rounds in it are not done
+                 again, and the result is that of a run without a pause. The caller deletes it when the result is safe
 
-    Raises as `recover`; then, and on Ctrl-C, the model is in its last good state, the dense one with masks without
-    zeros if there is none.
+    Raises as `recover`; then, and on Ctrl-C, the model is in its last good state, the dense one with masks
+    without zeros if there is none. Raises ValueError, with the model untouched, for a state file of another run.
     """
     config = config or IncrementalConfig()
-    started = time.perf_counter()
-    dense = metric(model)
-    rounds: list[Round] = []
+    path = None if state_path is None else Path(state_path)
+    identity = identity_of((config, tuple(prunable(model, filter_fn))), data, model)
+    if path is not None:
+        check_state(path, identity)
     add_masks_(model, config.growing, filter_fn)
+    saved = None if path is None else read_state(path, identity)
+    rounds: list[Round] = []
+    if saved is None:
+        dense = metric(model)
+    else:
+        dense, rounds = _history(saved)
+        restore_model(model, saved.tensors)
+    started = time.perf_counter() - (rounds[-1].seconds if rounds else 0.0)
     good = _state(model)
-    stale, best = 0, dense
-    reason = "all sparsities reached"
-    for sparsity in config.sparsities:
-        spent = time.perf_counter() - started
-        if config.seconds is not None and spent >= config.seconds:
-            reason = f"out of time after {spent:.0f} s"
-            break
+    while (reason := _ended(config, dense, rounds, time.perf_counter() - started)) is None:
         try:
-            _round(model, teacher, data, config, sparsity, filter_fn, quiet)
+            _round(model, teacher, data, config, config.sparsities[len(rounds)], filter_fn, quiet)
             value = metric(model)
         except BaseException:
             restore_model(model, good)
             raise
         kept = config.least_metric is None or value >= config.least_metric
-        zeros = sparsity_of(model, filter_fn)
-        rounds.append(Round(zeros, value, time.perf_counter() - started, kept))
-        if on_round is not None:
-            on_round(rounds[-1])
+        rounds.append(Round(sparsity_of(model, filter_fn), value, time.perf_counter() - started, kept))
         if not kept:
             restore_model(model, good)
-            reason = f"{value:.4f} at {zeros:.1%} zeros is below {config.least_metric:.4f}"
-            break
         good = _state(model)
-        stale, best = (0, value) if value > best else (stale + 1, best)
-        if config.patience is not None and stale >= config.patience:
-            reason = f"no better metric in {stale} rounds"
-            break
+        if path is not None:
+            write_state(path, identity, SavedState(len(rounds), good | _record(dense, rounds)))
+        if on_round is not None:
+            on_round(rounds[-1])
     return IncrementalLog(dense, tuple(rounds), reason)
+
+
+def _ended(config: IncrementalConfig, dense: float, rounds: Sequence[Round], seconds: float) -> str | None:
+    """Why there is no further round; None if there is one."""
+    metrics = [dense, *(each.metric for each in rounds)]
+    if rounds and not rounds[-1].kept:
+        return f"{metrics[-1]:.4f} at {rounds[-1].sparsity:.1%} zeros is below {config.least_metric:.4f}"
+    stale = len(rounds) - metrics.index(max(metrics))
+    if config.patience is not None and stale >= config.patience:
+        return f"no better metric in {stale} rounds"
+    if len(rounds) == len(config.sparsities):
+        return "all sparsities reached"
+    if config.seconds is not None and seconds >= config.seconds:
+        return f"out of time after {seconds:.0f} s"
+    return None
 
 
 def _round(
@@ -161,3 +180,21 @@ def _round(
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of parameters and masks."""
     return {name: tensor.clone() for name, tensor in model_tensors(model).items()}
+
+
+_DENSE, _ROUNDS = "dense", "rounds"
+
+
+def _record(dense: float, rounds: Sequence[Round]) -> dict[str, Tensor]:
+    """What `_history` reads."""
+    return {
+        _DENSE: torch.tensor(dense, dtype=torch.float64),
+        _ROUNDS: torch.tensor([astuple(each) for each in rounds], dtype=torch.float64),
+    }
+
+
+def _history(saved: SavedState) -> tuple[float, list[Round]]:
+    """(dense metric, rounds)"""
+    rows = saved.tensors[_ROUNDS].tolist()
+    rounds = [Round(sparsity, metric, seconds, bool(kept)) for sparsity, metric, seconds, kept in rows]
+    return saved.tensors[_DENSE].item(), rounds

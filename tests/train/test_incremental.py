@@ -121,6 +121,49 @@ def test_a_failing_metric_leaves_the_last_good_state(model, dense, make_data):
     assert sparsity_of(model) == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("floor", [None, 0.8], ids=["all kept", "the last undone"])
+@pytest.mark.parametrize("stop", [2, 3], ids=["in the second round", "in the third"])
+def test_an_interrupted_run_goes_on_after_the_last_round(dense, make_data, tmp_path, floor, stop):
+    values, path, data = [0.9, 0.88, 0.85, 0.7], tmp_path / "rounds.safetensors", make_data()
+    settings = config(least_metric=floor, patience=3)
+    whole, first, again = (copy.deepcopy(dense) for _ in range(3))
+    expected = prune_incrementally(whole, dense, data, scripted(values), settings, quiet=True)
+
+    remaining = iter(values[:stop])
+
+    def interrupted(model):
+        value = next(remaining, None)
+        if value is None:
+            raise KeyboardInterrupt
+        return value
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_incrementally(first, dense, data, interrupted, settings, quiet=True, state_path=path)
+    shown = []
+    log = prune_incrementally(
+        again, dense, data, scripted(values[stop:]), settings, quiet=True, on_round=shown.append, state_path=path
+    )
+    assert [(r.metric, r.sparsity, r.kept) for r in log.rounds] == [
+        (r.metric, r.sparsity, r.kept) for r in expected.rounds
+    ]
+    assert (log.dense, log.reason) == (expected.dense, expected.reason)
+    assert shown == list(log.rounds[stop - 1 :])
+    assert [r.seconds for r in log.rounds] == sorted(r.seconds for r in log.rounds)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    finished = prune_incrementally(copy.deepcopy(dense), dense, data, scripted([]), settings, state_path=path)
+    assert finished.rounds == log.rounds
+
+
+def test_a_state_of_other_rounds_is_refused(model, dense, make_data, tmp_path):
+    path, data = tmp_path / "rounds.safetensors", make_data()
+    prune_incrementally(model, dense, data, scripted([1.0] * 2), config(sparsities=(0.5,)), quiet=True, state_path=path)
+    other = copy.deepcopy(dense)
+    with pytest.raises(ValueError, match="training state: expected a run with this config"):
+        prune_incrementally(other, dense, data, scripted([1.0]), config(), quiet=True, state_path=path)
+    assert not masked_layers(other)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
