@@ -1,10 +1,12 @@
 # Set-up and every routine task. `make demo` and `make test` need nothing but Python 3.10+ and a C++
-# compiler; SPARSENLP_NATIVE=0 does without the compiler.
+# compiler; SPARSENLP_NATIVE=0 does without the compiler. With nvcc there, CUDA kernels are built too; SPARSENLP_CUDA=0
+# does without them, and hides nvcc from the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(or $(SPARSENLP_NATIVE),1)
-BUILT := $(VENV)/.built-$(NATIVE)
+CUDA := $(if $(shell command -v $(or $(NVCC),nvcc)),$(or $(SPARSENLP_CUDA),1),0)
+BUILT := $(VENV)/.built-$(NATIVE)-$(CUDA)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
 .PHONY: build test sanitize emulate lint format bench bench-e2e bench-accuracy demo demo-quick dist clean
@@ -18,8 +20,8 @@ $(VENV)/.ready: constraints.txt
 	touch $@
 
 $(BUILT): $(VENV)/.ready $(SOURCES)
-	rm -f $(VENV)/.built-* sparsenlp/_C*.so
-	SPARSENLP_NATIVE=$(NATIVE) $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev,gpu]"
+	rm -f $(VENV)/.built-* sparsenlp/*.so
+	SPARSENLP_NATIVE=$(NATIVE) SPARSENLP_CUDA=$(CUDA) $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev,gpu]"
 	touch $@
 
 test: build
@@ -67,4 +69,4 @@ dist: build
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info sparsenlp/_C*.so $(VENV)
+	rm -rf build dist *.egg-info sparsenlp/*.so $(VENV)

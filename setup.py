@@ -1,10 +1,15 @@
-"""The native build: one static library per op and instruction set, one abi3 extension on torch's stable ABI."""
+"""The native build: one static library per op and instruction set, one abi3 extension on torch's stable ABI.
 
+Where nvcc is found, one plain shared library of the CUDA kernels too: it needs no torch, no GPU and no driver to build.
+"""
+
+import functools
 import importlib.util
 import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
+from setuptools.command.build_ext import build_ext
 
 CXX_FLAGS = [
     "-O3",
@@ -39,12 +45,20 @@ def isa_flags():
 
 ISA_FLAGS = isa_flags()
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.[hi]*") if path.suffix in (".h", ".inc"))
+CUDA_HEADERS = [path for path in HEADERS if path.startswith("csrc/cuda/")]
 SHARES_KERNELS_OF = {
     "encoder_layer": ["bsr_linear"],
     "decoder_layers": ["bsr_linear"],
     "sparse_ffn": ["encoder_layer", "bsr_linear"],
     "dense_attention": ["encoder_layer"],
 }
+CUDA_LIBRARY = "sparsenlp.libsparsenlp_cuda"
+CUDA_CODE = [
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]",  # also runs on 8.6 and 8.9, and newer GPUs translate its PTX
+    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_100,code=sm_100",
+]
+OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 WITHOUT = "or set SPARSENLP_NATIVE=0 to build without it (every op then runs its slow reference)"
 
 
@@ -71,6 +85,24 @@ def native_wanted():
 
 def building():
     return any(command.startswith(("build", "bdist", "install", "develop", "editable")) for command in sys.argv[1:])
+
+
+@functools.cache
+def nvcc():
+    """The path of nvcc; None where there is none, it is too old or is not wanted, and then says so."""
+    wanted = os.environ.get("SPARSENLP_CUDA", "1")
+    if wanted not in ("0", "1"):
+        stop(f"expected SPARSENLP_CUDA to be 0 or 1, got {wanted!r}")
+    path = shutil.which(os.environ.get("NVCC") or "nvcc")
+    if wanted == "0" or path is None:
+        print("sparsenlp: without CUDA kernels:", "SPARSENLP_CUDA=0" if wanted == "0" else "no nvcc was found")
+        return None
+    output = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.(\d+)", output)
+    if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
+        print(f"sparsenlp: without CUDA kernels: {path} is older than {'.'.join(map(str, OLDEST_NVCC))}")
+        return None
+    return path
 
 
 def torch_directory():
@@ -109,9 +141,43 @@ class BuildLibraries(build_clib):
             list(pool.map(lambda library: build([library]), libraries))
 
 
-def native_parts():
+class BuildExtensions(build_ext):
+    """The extension as always; the CUDA library by nvcc."""
+
+    def get_ext_filename(self, fullname):
+        if CUDA_LIBRARY.endswith(fullname):  # asked for with and without the package
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, ext):
+        if ext.name != CUDA_LIBRARY:
+            return super().build_extension(ext)
+        target = Path(self.get_ext_fullpath(ext.name))
+        newest = max(os.path.getmtime(path) for path in (*ext.sources, *ext.depends))
+        if not self.force and target.exists() and target.stat().st_mtime > newest:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0", *CUDA_CODE]
+        if subprocess.run([nvcc(), *flags, "-o", str(target), *ext.sources]).returncode:
+            stop("nvcc failed: set SPARSENLP_CUDA=0 to build without CUDA kernels")
+
+
+def cuda_library():
+    sources = sorted(str(path) for path in Path("csrc/cuda").rglob("*.cu"))
+    return Extension(CUDA_LIBRARY, sources=sources, depends=[*CUDA_HEADERS, "csrc/cpu/activation.h", "setup.py"])
+
+
+def native_parts(native, cuda):
+    """What `setup` is told of the compiled parts."""
     if not building():
         return {}
+    commands = {"build_clib": BuildLibraries, "build_ext": BuildExtensions}
+    parts = cpu_parts() if native else {}
+    extensions = [*parts.pop("ext_modules", []), *([cuda_library()] if cuda else [])]
+    return {"cmdclass": commands, "ext_modules": extensions, **parts} if extensions else {}
+
+
+def cpu_parts():
     torch = torch_directory()
     libraries = [
         (
@@ -134,16 +200,15 @@ def native_parts():
         libraries=["torch", "torch_cpu"],
         extra_link_args=["-Wl,--exclude-libs,ALL"],
         extra_compile_args=[*CXX_FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"],
-        depends=HEADERS,
+        depends=[path for path in HEADERS if path not in CUDA_HEADERS],
         language="c++",
         py_limited_api=True,
     )
     return {
-        "cmdclass": {"build_clib": BuildLibraries},
         "libraries": libraries,
         "ext_modules": [extension],
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-setup(**(native_parts() if native_wanted() else {}))
+setup(**native_parts(native_wanted(), building() and nvcc() is not None))

@@ -1,0 +1,7 @@
+// What the library shows to Python: functions of C that take raw pointers, sizes and a stream, and return a code.
+#pragma once
+
+#define SPARSENLP_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The words for a code; "no error" for 0.
+SPARSENLP_EXPORT const char* sparsenlp_cuda_error(int code);
