@@ -29,3 +29,6 @@ struct NmLinearCuda {
 
 // Launch on `stream` of the current device. Returns a code of cudaError_t, 0 for success.
 SPARSENLP_EXPORT int sparsenlp_nm_linear(const NmLinearCuda* arguments, int kernel, void* stream);
+
+// What that would launch. Needs no GPU.
+SPARSENLP_EXPORT int sparsenlp_nm_linear_plan(const NmLinearCuda* arguments, int kernel, CudaLaunch* launch);
