@@ -15,51 +15,38 @@ import torch
 LIBRARY = Path(__file__).with_name("libsparsenlp_cuda.so")
 OLDEST_GPU = (8, 0)
 
+NOT_BUILT = "the CUDA library was not built (no nvcc, or SPARSENLP_CUDA=0): build sparsenlp where nvcc is found"
+
+available = LIBRARY.exists()
+why_unavailable = "" if available else NOT_BUILT
+
 
 @functools.cache
-def load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and "", or None and why it is not there."""
-    if not LIBRARY.exists():
-        return None, "the CUDA library was not built (SPARSENLP_CUDA=0, or no nvcc): install sparsenlp where nvcc is found"
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return None, f"the CUDA library does not load: {error}"
-    library.sparsenlp_cuda_error.restype = ctypes.c_char_p
-    return library, ""
-
-
-def available() -> bool:
-    return load()[0] is not None
-
-
-def why_unavailable() -> str:
-    """"" where the library is there."""
-    return load()[1]
+def library() -> ctypes.CDLL:
+    """The library, opened. Raises OSError if it does not load."""
+    opened = ctypes.CDLL(str(LIBRARY))
+    opened.sparsenlp_cuda_error.restype = ctypes.c_char_p
+    return opened
 
 
 def why_not_on(device: torch.device) -> str:
-    """Why no kernel of the library runs on `device`; "" if they do."""
-    if not available():
-        return why_unavailable()
-    if device.type != "cuda":
-        return f"expected tensors on a CUDA device, got {device}"
-    if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
-        return f"expected a GPU of compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
-    return ""
+    """Why the GPU runs no kernel of the library; "" if it does."""
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= OLDEST_GPU else f"expected a GPU of compute capability 8.0 or newer, got {capability}"
 
 
-def launch(function: str, device: torch.device, *arguments: ctypes.Structure | int, what: str) -> None:
-    """Call `function` of the library with the arguments and torch's current stream of `device`.
+def launch(function: str, device: torch.device, arguments: ctypes.Structure, kernel: int, what: str) -> None:
+    """Call the launcher `function` on torch's current stream of `device`.
 
-    Raises RuntimeError that begins with `what` if it returns a code.
+    Raises RuntimeError that begins with `what` if the library does not load or the launch fails.
     """
-    library, reason = load()
-    if library is None:
-        raise RuntimeError(f"{what}: {reason}")
-    pointers = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
+    try:
+        launcher = getattr(library(), function)
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"{what}: the CUDA library does not load, build it again: {error}") from None
     with torch.cuda.device(device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        code = getattr(library, function)(*pointers, stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        code = launcher(ctypes.byref(arguments), kernel, ctypes.c_void_p(stream))
     if code:
-        raise RuntimeError(f"{what}: the launch failed with CUDA error {code}, {library.sparsenlp_cuda_error(code).decode()}")
+        words = library().sparsenlp_cuda_error(code).decode()
+        raise RuntimeError(f"{what}: the launch failed with CUDA error {code}, {words}")

@@ -193,18 +193,20 @@ class NMLinearCase:
     bias: bool = True
     residual: bool = False
     dtype: torch.dtype = torch.float32
+    int8: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
         tokens = "x".join(map(str, self.tokens)) or "vector"
         parts = [tokens, f"{self.rows}x{self.columns}", "of".join(map(str, self.pattern))]
         parts += [self.activation] * (self.activation != "none") + ["nobias"] * (not self.bias)
-        parts += ["residual"] * self.residual + [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
+        parts += ["residual"] * self.residual + ["int8"] * self.int8
+        parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
         return "-".join(parts)
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        return self.dtype
+        return torch.int8 if self.int8 else self.dtype
 
     @property
     def tolerance(self) -> dict[str, float]:
@@ -217,7 +219,8 @@ class NMLinearCase:
         groups = torch.randn(self.rows, self.columns // m, m, generator=generator)
         kept = torch.rand(groups.shape, generator=generator).argsort(dim=2) < n
         dense = (groups * kept).flatten(1) / math.sqrt(max(self.columns * n / m, 1))
-        return NM.from_dense(dense.to(self.dtype), self.pattern)
+        weight = NM.from_dense(dense.to(self.dtype), self.pattern)
+        return weight.quantize() if self.int8 else weight
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -235,8 +238,9 @@ class NMLinearCase:
         """What the float64 reference gives for the same rounded inputs."""
         weight, bias, residual = self.weight(), self.bias_vector(), self.residual_tensor()
         bias, residual = (t.double() if t is not None else None for t in (bias, residual))
-        tensors = (weight.values.double(), weight.indices, weight.pattern)
-        return nm_reference.nm_linear(self.x().double(), *tensors, bias, self.activation, residual)
+        values = weight.values if self.int8 else weight.values.double()
+        tensors = (values, weight.indices, weight.pattern, bias, self.activation, residual, weight.scales)
+        return nm_reference.nm_linear(self.x().double(), *tensors)
 
 
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
@@ -265,6 +269,11 @@ NM_LINEAR = [
     NMLinearCase((0,), 32, 24),
     NMLinearCase((3, 0), 32, 24),
     NMLinearCase((5,), 0, 24),
+    *(
+        NMLinearCase(tokens, 40, 48, residual=True, activation="gelu", dtype=dtype, int8=True)
+        for dtype in (torch.float32, torch.bfloat16)
+        for tokens in ((1,), (20,), (0,))
+    ),
     *(
         NMLinearCase((tokens,), 32, 24, pattern, dtype=dtype)
         for dtype in (torch.float16, torch.float64)

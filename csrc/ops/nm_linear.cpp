@@ -22,7 +22,8 @@ NmLinearKernel* forward_kernel() {
 Tensor nm_linear(
     const Tensor& x_any, const Tensor& values_any, const Tensor& indices, const Tensor& packed_any,
     std::vector<int64_t> pattern, const std::optional<Tensor>& bias_any, const std::string& activation,
-    const std::optional<Tensor>& residual_any) {
+    const std::optional<Tensor>& residual_any, const std::optional<Tensor>& scales, double) {
+  STD_TORCH_CHECK(!scales, "nm_linear: expected no scales, int8 weights have no kernel on a CPU");
   STD_TORCH_CHECK(x_any.scalar_type() == ScalarType::Float || x_any.scalar_type() == ScalarType::BFloat16,
                   "nm_linear: expected x of dtype float32 or bfloat16");
   STD_TORCH_CHECK(values_any.scalar_type() == x_any.scalar_type(), "nm_linear: expected values of the dtype of x");

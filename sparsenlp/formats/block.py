@@ -203,23 +203,23 @@ def validate(
         same_row = block_rows(crow_indices, nnz_blocks).diff() == 0
         if bool((col_indices.diff()[same_row] <= 0).any()):
             raise ValueError("BlockSparse: expected col_indices to increase within each block row")
-    validate_scales(values, rows, scales)
+    validate_scales("BlockSparse", values, rows, scales)
+    if scales is not None and k % INT8_UNIT:
+        raise ValueError(f"BlockSparse: expected int8 blocks with k a multiple of {INT8_UNIT}, got {k}")
 
 
-def validate_scales(values: Tensor, rows: int, scales: Tensor | None) -> None:
-    """Raise unless int8 values (nnzb, n, k) come with a positive float32 scale for each row, and others with none."""
+def validate_scales(name: str, values: Tensor, rows: int, scales: Tensor | None) -> None:
+    """Raise unless int8 values come with a positive float32 scale for each row, and others with none."""
     if (values.dtype == torch.int8) != (scales is not None):
-        raise TypeError(f"BlockSparse: expected scales with int8 values and only then, got {values.dtype} values")
+        raise TypeError(f"{name}: expected scales with int8 values and only then, got {values.dtype} values")
     if scales is None:
         return
     if scales.dtype != torch.float32 or scales.shape != (rows,) or scales.device != values.device:
         raise ValueError(
-            f"BlockSparse: expected float32 scales of shape ({rows},) on {values.device}, "
+            f"{name}: expected float32 scales of shape ({rows},) on {values.device}, "
             f"got {scales.dtype} {tuple(scales.shape)} on {scales.device}"
         )
-    if values.shape[2] % INT8_UNIT:
-        raise ValueError(f"BlockSparse: expected int8 blocks with k a multiple of {INT8_UNIT}, got {values.shape[2]}")
     if not bool((scales.isfinite() & (scales > 0)).all()):
-        raise ValueError("BlockSparse: expected finite scales above 0")
+        raise ValueError(f"{name}: expected finite scales above 0")
     if bool((values == -128).any()):
-        raise ValueError("BlockSparse: expected int8 values in [-127, 127], got -128")
+        raise ValueError(f"{name}: expected int8 values in [-127, 127], got -128")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .block import validate_scales
 
 INDEX_DTYPE = torch.uint8
 PACKED_VALUES = 32
@@ -17,10 +19,11 @@ PACKED_VALUES = 32
 class NM:
     """An N x K matrix of which n of every m consecutive values along K are stored.
 
-    values   (N, K / m * n)         any floating dtype
+    values   (N, K / m * n)         any floating dtype, or int8
     indices  (N, K / m * n)  uint8  position of each value in its group of m, strictly increasing within a group
     shape    (N, K)
     pattern  (n, m)                 0 < n <= m <= 256
+    scales   (N,)                   float32 with int8 values, which times this are the weights; else None
 
     Building one checks nothing; `validate` checks everything, and must have run on any data that
     comes from a file before a kernel sees it.
@@ -30,6 +33,7 @@ class NM:
     indices: Tensor
     shape: tuple[int, int]
     pattern: tuple[int, int]
+    scales: Tensor | None = None
 
     @classmethod
     def from_dense(cls, dense: Tensor, pattern: tuple[int, int] = (2, 4)) -> NM:
@@ -71,20 +75,35 @@ class NM:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.values, self.indices))
+        tensors = (self.values, self.indices, self.scales)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def to_dense(self) -> Tensor:
-        """The (N, K) matrix, zeros included."""
-        return to_dense(self.values, self.indices, self.pattern, self.shape[1])
+        """The (N, K) matrix, zeros included; float32 of int8 values."""
+        dense = to_dense(self.values, self.indices, self.pattern, self.shape[1])
+        return dense if self.scales is None else dense * self.scales[:, None]
+
+    def quantize(self) -> NM:
+        """As int8, symmetric per output row: scale = max |w| / 127, w ~ int8 * scale within scale / 2.
+
+        A row of zeros gets the scale 1. Raises ValueError if a weight is not finite.
+        """
+        values = self.values.detach().float()
+        if not bool(values.isfinite().all()):
+            raise ValueError("NM: expected finite weights to quantize, got inf or nan")
+        largest = values.abs().amax(dim=1) if values.shape[1] else values.sum(dim=1)
+        scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        return replace(self, values=(values / scales[:, None]).round().to(torch.int8), scales=scales)
 
     def to(self, *args: Any, **kwargs: Any) -> NM:
-        """As Tensor.to for the values; indices follow the device."""
+        """As Tensor.to for the values; indices and scales (float32) follow the device."""
         values = self.values.to(*args, **kwargs)
-        return NM(values, self.indices.to(values.device), self.shape, self.pattern)
+        scales = None if self.scales is None else self.scales.to(values.device)
+        return NM(values, self.indices.to(values.device), self.shape, self.pattern, scales)
 
     def validate(self) -> NM:
         """Return self, or raise TypeError (dtypes) or ValueError (shapes, indices) naming the first fault."""
-        validate(self.values, self.indices, self.shape, self.pattern)
+        validate(self.values, self.indices, self.shape, self.pattern, self.scales)
         return self
 
 
@@ -121,6 +140,13 @@ def pack_indices(indices: Tensor, pattern: tuple[int, int]) -> Tensor:
     return (parts << shifts).sum(dim=2, dtype=INDEX_DTYPE)
 
 
+def unpack_indices(packed: Tensor, pattern: tuple[int, int], count: int) -> Tensor:
+    """The first `count` indices of each row that `pack_indices` packed: (N, count) uint8."""
+    bits = index_bits(pattern)
+    shifts = torch.arange(0, 8, bits, dtype=INDEX_DTYPE, device=packed.device)
+    return (packed[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)[:, :count].contiguous()
+
+
 def _check_pattern(pattern: tuple[int, int]) -> tuple[int, int]:
     n, m = pattern
     if not 0 < n <= m <= 256:
@@ -128,11 +154,17 @@ def _check_pattern(pattern: tuple[int, int]) -> tuple[int, int]:
     return n, m
 
 
-def validate(values: Tensor, indices: Tensor, shape: tuple[int, int], pattern: tuple[int, int]) -> None:
+def validate(
+    values: Tensor,
+    indices: Tensor,
+    shape: tuple[int, int],
+    pattern: tuple[int, int],
+    scales: Tensor | None = None,
+) -> None:
     """Raise TypeError or ValueError unless the tensors describe an N x K matrix of the pattern."""
     n, m = _check_pattern(pattern)
-    if not values.is_floating_point():
-        raise TypeError(f"NM: expected floating-point values, got {values.dtype}")
+    if not values.is_floating_point() and values.dtype != torch.int8:
+        raise TypeError(f"NM: expected floating-point or int8 values, got {values.dtype}")
     if indices.dtype != INDEX_DTYPE:
         raise TypeError(f"NM: expected indices of dtype {INDEX_DTYPE}, got {indices.dtype}")
     if indices.device != values.device:
@@ -144,6 +176,7 @@ def validate(values: Tensor, indices: Tensor, shape: tuple[int, int], pattern: t
     for name, tensor in (("values", values), ("indices", indices)):
         if tensor.shape != expected:
             raise ValueError(f"NM: expected {name} of shape {expected}, got {tuple(tensor.shape)}")
+    validate_scales("NM", values, rows, scales)
     if indices.numel():
         if int(indices.max()) >= m:
             raise ValueError(f"NM: expected indices in [0, {m}), got {int(indices.max())}")

@@ -63,8 +63,10 @@ class NMLinear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: NM, bias: Tensor | None = None, activation: str = "none") -> NMLinear:
-        """Wrap an N:M weight (validated here) and an optional bias of shape (N,)."""
+        """Wrap an N:M weight (validated here) in floating point and an optional bias of shape (N,)."""
         weight.validate()
+        if weight.scales is not None:
+            raise TypeError("NMLinear: expected a weight in floating point, got int8")
         rows, columns = weight.shape
         if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.values.dtype):
             raise ValueError(

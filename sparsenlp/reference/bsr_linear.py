@@ -34,11 +34,15 @@ def bsr_linear(
     if scales is None:
         y = F.linear(x, to_dense(crow_indices, col_indices, values, x.shape[-1]), bias)
     else:
-        weight = to_dense(crow_indices, col_indices, values.double(), x.shape[-1])
-        rounded, x_scale = quantize_tokens(x, input_scale)
-        y = F.linear(rounded.double(), weight) * (x_scale.double() * scales)
-        y = y.to(x.dtype) if bias is None else (y + bias).to(x.dtype)
+        y = int8_linear(x, to_dense(crow_indices, col_indices, values.double(), x.shape[-1]), scales, bias, input_scale)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, input_scale: float) -> Tensor:
+    """x Wᵀ + b in x's dtype: weight (N, K) whole numbers in float64, `scales` (N,) what they stand for."""
+    rounded, x_scale = quantize_tokens(x, input_scale)
+    y = F.linear(rounded.double(), weight) * (x_scale.double() * scales)
+    return y.to(x.dtype) if bias is None else (y + bias).to(x.dtype)
 
 
 def quantize_tokens(x: Tensor, input_scale: float = 0.0) -> tuple[Tensor, Tensor]:

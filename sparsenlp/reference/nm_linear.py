@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.nm import columns_of, to_dense
-from .bsr_linear import ACTIVATIONS
+from .bsr_linear import ACTIVATIONS, int8_linear
 
 
 def nm_linear(
@@ -17,9 +17,14 @@ def nm_linear(
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None = None,
+    scales: Tensor | None = None,
+    input_scale: float = 0.0,
 ) -> Tensor:
     """act(x Wᵀ + b + residual), (..., K) -> (..., N)."""
-    y = F.linear(x, to_dense(values, indices, pattern, x.shape[-1]), bias)
+    if scales is None:
+        y = F.linear(x, to_dense(values, indices, pattern, x.shape[-1]), bias)
+    else:
+        y = int8_linear(x, to_dense(values.double(), indices, pattern, x.shape[-1]), scales, bias, input_scale)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 

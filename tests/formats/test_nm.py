@@ -76,7 +76,11 @@ def index(*rows: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"values": torch.ones(2, 4, dtype=torch.int32)}, TypeError, "expected floating-point values, got torch.int32"),
+        (
+            {"values": torch.ones(2, 4, dtype=torch.int32)},
+            TypeError,
+            "expected floating-point or int8 values, got torch.int32",
+        ),
         ({"indices": good().indices.int()}, TypeError, "expected indices of dtype torch.uint8, got torch.int32"),
         ({"indices": good().indices.to("meta")}, ValueError, "expected indices on cpu, got meta"),
         ({"values": torch.ones(2, 3)}, ValueError, r"expected values of shape \(2, 4\), got \(2, 3\)"),

@@ -189,7 +189,7 @@ def test_no_columns_leaves_the_bias(tokens, backend):
         ({"residual": torch.zeros(20, 63)}, ValueError, r"expected residual of shape \(20, 64\)"),
         ({"residual": torch.zeros(20, 64).double()}, ValueError, "expected residual .* got .* torch.float64"),
         ({"activation": "swish"}, ValueError, "expected an activation among none, relu, gelu, gelu_tanh, got 'swish'"),
-        ({"backend": "cudnn"}, ValueError, "expected a backend among native, reference, got 'cudnn'"),
+        ({"backend": "cudnn"}, ValueError, "expected a backend among native, cuda, reference, got 'cudnn'"),
     ],
 )
 def test_errors(change, error, message):
