@@ -80,15 +80,15 @@ def metadata_place(kind: str, compressed: int, selector: int) -> tuple[np.ndarra
     return lane, bit
 
 
-def expand(a: np.ndarray, metadata: np.ndarray, kind: str, selector: int, used: np.ndarray) -> np.ndarray:
+def expand(a: np.ndarray, metadata: np.ndarray, kind: str, selector: int) -> np.ndarray:
     """A (warps, 16, 2 compressed) with zeros from its compressed form (warps, 16, compressed).
 
-    metadata: (warps, 32) of every lane; used: (warps,) those whose metadata are checked
+    metadata: (warps, 32) of every lane
     """
     warps, _, compressed = a.shape
     lane, bit = metadata_place(kind, compressed, selector)
     index = metadata[:, lane] >> bit.astype(np.uint32) & 3  # (warps, 16, compressed)
-    if (index[used, :, 0::2] >= index[used, :, 1::2]).any():
+    if (index[..., 0::2] >= index[..., 1::2]).any():
         raise PtxError("metadata: expected the two indices of each group in ascending order")
     dense = np.zeros((warps, 16, 2 * compressed), a.dtype)
     column = np.arange(compressed) // 2 * 4 + index
@@ -121,29 +121,30 @@ def mma(
     b_rows, b_columns = b_layout(b, depth)
     c_rows, c_columns = c_layout()
 
-    def gather(readers: list, kind: str) -> np.ndarray:
+    def gather(readers: list, kind: str, warps: np.ndarray) -> np.ndarray:
         """(warps, 32 lanes, elements) decoded, as float64"""
-        words = np.stack([read() for read in readers], 1).reshape(machine.warps, 32, -1)
+        words = np.stack([read().reshape(-1, 32)[warps] for read in readers], 2)
         if kind == "tf32":
             words = words & np.uint32(0xFFFFE000)  # the hardware reads the upper 19 bits
         parts = words if width(kind) == 32 else words.view(f"u{width(kind) // 8}")
         return decode(kind, parts).astype(np.float64)
 
     def execute(mask: np.ndarray) -> None:
-        warps = machine.whole_warps(mask)
-        matrix_a = np.zeros((machine.warps, 16, stored))
-        matrix_b = np.zeros((machine.warps, depth, 8))
-        matrix_a[:, a_rows, a_columns] = gather(fragments[0], a)
-        matrix_b[:, b_rows, b_columns] = gather(fragments[1], b)
+        warps = np.flatnonzero(machine.whole_warps(mask))
+        matrix_a = np.zeros((len(warps), 16, stored))
+        matrix_b = np.zeros((len(warps), depth, 8))
+        matrix_a[:, a_rows, a_columns] = gather(fragments[0], a, warps)
+        matrix_b[:, b_rows, b_columns] = gather(fragments[1], b, warps)
         if metadata:
-            matrix_a = expand(matrix_a, metadata().reshape(-1, 32), a, selector, warps)
+            matrix_a = expand(matrix_a, metadata().reshape(-1, 32)[warps], a, selector)
         product = matrix_a @ matrix_b
-        total = gather(fragments[2], c) + product[:, c_rows, c_columns]
+        total = gather(fragments[2], c, warps) + product[:, c_rows, c_columns]
         if d == "s32":
             limits = np.iinfo(np.int32)
             total = np.clip(total, limits.min, limits.max) if sat else total.astype(np.int64)
-        words = np.ascontiguousarray(encode(d, total)).view(np.uint32).reshape(machine.threads, -1)
+        words = np.zeros((machine.warps, 32, len(writes)), np.uint32)
+        words[warps] = np.ascontiguousarray(encode(d, total)).view(np.uint32)
         for i, write in enumerate(writes):
-            write(words[:, i], mask)
+            write(words[..., i].reshape(-1), mask)
 
     return execute
