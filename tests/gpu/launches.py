@@ -30,6 +30,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 SM80 = GPUTarget("cuda", 80, 32)
+INTERPRETED = triton.knobs.runtime.interpret  # then there is no compiler
 
 
 def compile_launch(launch: Any, target: GPUTarget = SM80) -> Any:
@@ -63,8 +64,8 @@ def simulate(launch: Any, schedule: ptx.LockStep | ptx.Adversarial | None = None
     """
     compiled = compiled or compile_launch(launch)
     values = [v for v in launch.arguments if v is not None and not (type(v) is int and v == 1)]
-    buffers = _buffers([value for value in values if isinstance(value, Tensor)])
-    arguments = [_pointer(value, buffers) if isinstance(value, Tensor) else value for value in values]
+    merged = buffers([value for value in values if isinstance(value, Tensor)])
+    arguments = [pointer(value, merged) if isinstance(value, Tensor) else value for value in values]
     text, name = compiled.asm["ptx"], compiled.metadata.name
     scratch = np.zeros(0, np.uint8)  # Triton's last parameters point to memory that these kernels do not use
     arguments += [scratch] * (len(ptx.parse(text, name).parameters) - len(arguments))
@@ -79,7 +80,7 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
 
 
-def _buffers(tensors: list[Tensor]) -> dict[int, np.ndarray]:
+def buffers(tensors: list[Tensor]) -> dict[int, np.ndarray]:
     """Address -> bytes, as views of the memory of the tensors: one buffer per tensor, or per tensors that overlap."""
     merged: list[tuple[int, int, Tensor]] = []
     for tensor in sorted(tensors, key=extent):
@@ -97,7 +98,7 @@ def _bytes(tensor: Tensor, start: int, end: int) -> np.ndarray:
     return view.numpy()
 
 
-def _pointer(tensor: Tensor, buffers: dict[int, np.ndarray]) -> ptx.Pointer:
+def pointer(tensor: Tensor, merged: dict[int, np.ndarray]) -> ptx.Pointer:
     address = tensor.data_ptr()
-    start = max(start for start in buffers if start <= address)
-    return ptx.Pointer(buffers[start], address - start)
+    start = max(start for start in merged if start <= address)
+    return ptx.Pointer(merged[start], address - start)

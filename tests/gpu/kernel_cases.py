@@ -1,0 +1,12 @@
+"""The kernels under test on machines without a GPU: one row per kernel and dtype, in a file per op.
+
+A row serves the PTX interpreter (`small`), the compile matrix (`large`, with a budget per target in budgets.py) and
+the mutation runner (`mutations`). CONTRIBUTING.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+import bsr_linear_rows
+from problems import Row
+
+ROWS: list[Row] = [*bsr_linear_rows.ROWS]
