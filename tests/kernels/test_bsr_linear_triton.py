@@ -1,15 +1,12 @@
 """The Triton bsr_linear, compiled and simulated, not run on hardware.
 
 Results come from Triton's interpreter, which is chosen at import: this file run as a script computes them in
-a process of its own, with every address checked. Machine code comes from compiling what the launcher
-launches, for GPUs that need not be there.
+a process of its own, with every address checked. tests/gpu compiles what the launcher launches.
 """
 
 from __future__ import annotations
 
-import collections
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,74 +170,6 @@ def test_extreme_inputs(activation, simulated):
 
 def test_every_activation_of_the_op_is_there():
     assert set(kernels.ACTIVATIONS) == set(reference.ACTIVATIONS)
-
-
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-
-
-def compiled(case: BsrLinearCase, capability: int):
-    """What the launcher launches for `case`, compiled as Triton's JIT does (1 and None constant, 16 divides)."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    arguments = inputs(case)
-    launch = kernels.plan(*arguments, case.expected().to(case.dtype))
-    signature, constants, attributes = dict.fromkeys(launch.constants, "constexpr"), dict(launch.constants), {}
-    for position, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        launch.kernel, signature, {(launch.kernel.arg_names.index(n),): v for n, v in constants.items()}, attributes
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-
-
-def instructions(kernel) -> collections.Counter[str]:
-    """Opcodes of the machine code, without their modifiers."""
-    return collections.Counter(re.findall(r"^\S+\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", kernel.asm["sass"], re.MULTILINE))
-
-
-@pytest.fixture(scope="module")
-def fresh_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def compile_case(tokens: int, block: tuple[int, int], dtype: torch.dtype, activation: str = "relu") -> BsrLinearCase:
-    return BsrLinearCase((tokens,), 256, 256, block, dtype=dtype, activation=activation)
-
-
-@pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(compile_case(256, block, HALF) for block in ((8, 1), (128, 128))),
-        *(compile_case(256, block, torch.bfloat16, "gelu") for block in ((32, 1), (64, 64))),
-        compile_case(1, (8, 1), HALF),
-        *(compile_case(256, block, torch.float32) for block in ((8, 1), (64, 64))),
-    ],
-    ids=str,
-)
-def test_machine_code(case, capability, fresh_cache):
-    kernel = compiled(case, capability)
-    opcodes = instructions(kernel)
-    tensor_core = opcodes["HMMA"] + opcodes["HGMMA"]
-    if case.dtype == torch.float32:
-        assert opcodes["FFMA"] > 0
-        assert not tensor_core, "float32 must not be rounded to TF32"
-    else:
-        assert tensor_core > 0
-    if case.tokens[0] > 1:
-        assert opcodes["LDGSTS"] > 0, "the loads are not pipelined"
-    assert opcodes["LDL"] + opcodes["STL"] == 0, "registers are spilled"
-    assert kernel.metadata.shared <= 99 * 1024
-    assert not re.search(r"tt\.addptr .*tensor<\d+x\d+xi32>", kernel.asm["ttir"]), "an address overflows int32"
 
 
 A_CASE = BsrLinearCase((20,), 64, 48, (8, 2))
