@@ -10,7 +10,7 @@ from tiny_bert import save_tiny_bert, write_table
 from typer.testing import CliRunner
 
 import sparsenlp
-from sparsenlp import SparseLinear, convert, native
+from sparsenlp import SparseLinear, convert, native, native_cuda
 from sparsenlp.cli import app
 from sparsenlp.convert import SparsifyConfig
 
@@ -96,6 +96,13 @@ def test_info_says_why_a_backend_is_unavailable(monkeypatch):
     monkeypatch.setattr(native, "why_unavailable", "no compiler")
     data = json.loads(succeed("info", "--json").stdout)
     assert data["ops"]["bsr_linear"]["native"] == "unavailable: no compiler"
+
+
+def test_info_says_why_there_are_no_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(native_cuda, "available", False)
+    monkeypatch.setattr(native_cuda, "why_unavailable", "no nvcc")
+    data = json.loads(succeed("info", "--json").stdout)
+    assert data["ops"]["nm_linear"]["cuda"] == "unavailable: no nvcc"
 
 
 def test_info_without_transformers(monkeypatch):
