@@ -69,6 +69,17 @@ def good() -> NM:
     return NM.from_dense(torch.tensor([[1.0, 2, 0, 0, 0, 3, 0, 4], [0, 5, 6, 0, 7, 0, 0, 8]]))
 
 
+def test_quantize_keeps_half_a_step():
+    weight = NM.from_dense(torch.tensor([[1.0, 0, -3, 0], [0, 0, 0, 0], [0, 0.5, 0.26, 0]]))
+    int8 = weight.quantize().validate()
+    assert int8.values.tolist() == [[42, -127], [0, 0], [127, 66]]
+    torch.testing.assert_close(int8.scales, torch.tensor([3 / 127, 1, 0.5 / 127]))
+    assert bool(((int8.to_dense() - weight.to_dense()).abs() <= int8.scales[:, None] / 2).all())
+    assert int8.nbytes == 6 + 6 + 12
+    with pytest.raises(ValueError, match="expected finite weights to quantize"):
+        NM.from_dense(torch.tensor([[torch.inf, 0, 0, 0]])).quantize()
+
+
 def index(*rows: list[int]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.uint8)
 
@@ -83,6 +94,8 @@ def index(*rows: list[int]) -> torch.Tensor:
         ),
         ({"indices": good().indices.int()}, TypeError, "expected indices of dtype torch.uint8, got torch.int32"),
         ({"indices": good().indices.to("meta")}, ValueError, "expected indices on cpu, got meta"),
+        ({"scales": torch.ones(2)}, TypeError, "expected scales with int8 values and only then, got torch.float32"),
+        ({"values": good().quantize().values}, TypeError, "expected scales with int8 values and only then"),
         ({"values": torch.ones(2, 3)}, ValueError, r"expected values of shape \(2, 4\), got \(2, 3\)"),
         ({"indices": index([0, 1, 0])}, ValueError, r"expected indices of shape \(2, 4\), got \(1, 3\)"),
         ({"shape": (2, 6)}, ValueError, "columns divisible by 4, got shape 2x6"),

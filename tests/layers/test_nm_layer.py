@@ -134,6 +134,8 @@ def test_errors():
     weight = NM.from_dense(torch.zeros(8, 8))
     with pytest.raises(ValueError, match=r"expected bias of shape \(8,\)"):
         NMLinear.from_weight(weight, torch.zeros(9))
+    with pytest.raises(TypeError, match="expected a weight in floating point, got int8"):
+        NMLinear.from_weight(weight.quantize())
     weight.indices[0, 0] = 1
     with pytest.raises(ValueError, match="increase within each group"):
         NMLinear.from_weight(weight)

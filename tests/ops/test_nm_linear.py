@@ -154,6 +154,14 @@ def test_rows_do_not_depend_on_threads(dtype, needs_native):
     assert torch.equal(one, three)
 
 
+def test_a_constant_input_scale():
+    case = NMLinearCase((20,), 64, 48, int8=True)
+    x, weight = case.x(), case.weight()
+    largest = float(x.abs().amax(dim=1)[3])
+    y = nm_linear(x, weight, input_scale=largest / 127)
+    torch.testing.assert_close(y[3], nm_linear(x, weight)[3])
+
+
 def test_strided_inputs():
     weight, x = CASE.weight(), CASE.x()
     expected = nm_linear(x, weight)
@@ -189,6 +197,9 @@ def test_no_columns_leaves_the_bias(tokens, backend):
         ({"residual": torch.zeros(20, 63)}, ValueError, r"expected residual of shape \(20, 64\)"),
         ({"residual": torch.zeros(20, 64).double()}, ValueError, "expected residual .* got .* torch.float64"),
         ({"activation": "swish"}, ValueError, "expected an activation among none, relu, gelu, gelu_tanh, got 'swish'"),
+        ({"input_scale": 0.1}, ValueError, "expected a positive, finite input_scale, with int8 weights, got 0.1"),
+        ({"weight": CASE.weight().quantize(), "input_scale": 0.0}, ValueError, "positive, finite input_scale"),
+        ({"weight": CASE.weight().quantize(), "backend": "native"}, RuntimeError, "got torch.float32 with torch.int8"),
         ({"backend": "cudnn"}, ValueError, "expected a backend among native, cuda, reference, got 'cudnn'"),
     ],
 )
@@ -238,12 +249,13 @@ def test_native_backend_without_extension(monkeypatch):
         (6, "swish"),
         (7, torch.zeros(20, 63)),
         (7, torch.zeros(20, 64, dtype=torch.float64)),
+        (8, torch.ones(64)),
     ],
 )
 def test_raw_op_refuses_inconsistent_tensors(index, replacement, needs_native):
     weight = CASE.weight()
     packed = pack(weight.indices, weight.pattern)
-    arguments = [CASE.x(), weight.values, weight.indices, packed, [2, 4], CASE.bias_vector(), "none", None]
+    arguments = [CASE.x(), weight.values, weight.indices, packed, [2, 4], CASE.bias_vector(), "none", None, None]
     arguments[index] = replacement
     with pytest.raises(RuntimeError, match="nm_linear"):
         torch.ops.sparsenlp.nm_linear(*arguments)

@@ -5,7 +5,8 @@ The kernels themselves are simulated in tests/gpu.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -34,17 +35,23 @@ def library(monkeypatch):
     monkeypatch.setattr(native_cuda, "why_unavailable", "")
 
 
-def on_gpu(case: NMLinearCase) -> tuple[torch.Tensor, NM]:
+def like(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+@contextmanager
+def on_fake_gpu(case: NMLinearCase) -> Iterator[tuple[torch.Tensor, NM]]:
     """x and weight as fake tensors on a GPU that need not be there."""
-    weight = case.weight()
-    return case.x().to("cuda"), weight.to("cuda")
+    x, weight = case.x(), case.weight()
+    with FakeTensorMode():
+        values, indices = like(weight.values), like(weight.indices)
+        yield like(x), NM(values, indices, weight.shape, weight.pattern, like(weight.scales))
 
 
 def test_a_gpu_without_the_library_is_an_error(monkeypatch):
     monkeypatch.setattr(native_cuda, "available", False)
     monkeypatch.setattr(native_cuda, "why_unavailable", "the CUDA library was not built")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x, weight = on_gpu(CASE)
+    with on_fake_gpu(CASE) as (x, weight):
         message = r"x \(3, 5, 64\) float16 with a 24 x 64 float16 weight in 2:4: .*not built.*backend='reference'"
         with pytest.raises(RuntimeError, match=message):
             nm_linear(x, weight)
@@ -65,17 +72,13 @@ def test_a_gpu_without_the_library_is_an_error(monkeypatch):
 )
 @pytest.mark.parametrize("backend", [None, "cuda"])
 def test_what_no_kernel_takes_is_an_error(case, message, backend, library):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x, weight = on_gpu(case)
-        with pytest.raises(RuntimeError, match=message):
-            nm_linear(x, weight, backend=backend)
+    with on_fake_gpu(case) as (x, weight), pytest.raises(RuntimeError, match=message):
+        nm_linear(x, weight, backend=backend)
 
 
 def test_the_layer_says_so_too(library):
-    with FakeTensorMode():
-        layer = NMLinear(64, 24, device="cuda")
-        with pytest.raises(RuntimeError, match=r"NMLinear.to_dense\(\)"):
-            layer(torch.empty(2, 64, device="cuda"))
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"NMLinear.to_dense\(\)"):
+        NMLinear(64, 24, device="cuda")(torch.empty(2, 64, device="cuda"))
 
 
 def test_cuda_backend_wants_a_gpu(library):
@@ -85,8 +88,7 @@ def test_cuda_backend_wants_a_gpu(library):
 
 @pytest.mark.parametrize("case", [CASE, replace(CASE, int8=True, dtype=torch.float32)], ids=str)
 def test_what_a_kernel_takes_is_traced(case, library):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x, weight = on_gpu(case)
+    with on_fake_gpu(case) as (x, weight):
         y = nm_linear(x, weight)
     assert y.shape == (3, 5, 24)
     assert y.dtype == case.dtype

@@ -5,8 +5,8 @@
 // 2 j + 1 are its part of operand A in step j. mma.sp then takes for neighbours columns that are not: any order of
 // columns will do as long as x and the positions follow it.
 //
-//   operand A, x      of step j, 4-byte piece c of lane t in W stands for bytes 32 t + 16 j + 8 c to 32 t + 16 j + 8 c + 7 in x
-//   positions         come for the columns in order, and are gathered: a nibble (16-bit types) or byte (int8) of each lane
+//   operand A, x   piece 2 j + c of lane t stands for bytes 32 t + 16 j + 8 c to 32 t + 16 j + 8 c + 7 of x
+//   positions      come for the columns in order, and are gathered: a nibble (16-bit types) or byte (int8) of each lane
 #pragma once
 
 #include "../finish.h"
@@ -22,11 +22,11 @@ constexpr int kChunkBytes = 128;  // of x
 template <class T>
 struct Chunk {
   uint32_t values[2][4];  // of rows g and g + 8
-  uint32_t packed[4];     // 16-bit types: 64 columns of row g, then of row g + 8; int8: 128 columns of row g + 8 (t % 2)
+  uint32_t packed[4];     // 16-bit types: 64 columns of row g, then of row g + 8; int8: 128 of row g + 8 (t % 2)
   uint32_t x[2][4];       // operand B of the two steps
 
-  __device__ __forceinline__ void load(const T* x_any, const T* values_any, const uint8_t* packed_any, int chunk, int row,
-                                       int M, int N, int K) {
+  __device__ __forceinline__ void load(
+      const T* x_any, const T* values_any, const uint8_t* packed_any, int chunk, int row, int M, int N, int K) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int64_t x_row = int64_t(K) * sizeof(T), first = int64_t(chunk) * kChunkBytes, left = x_row - first;
     const int64_t rows[2] = {min(row + g, N - 1), min(row + g + 8, N - 1)};
@@ -51,7 +51,8 @@ struct Chunk {
   }
 
   // Words of padding are as many_tokens.h has them.
-  __device__ __forceinline__ void load_packed(const uint8_t* packed_any, int chunk, const int64_t (&rows)[2], int t, int K) {
+  __device__ __forceinline__ void load_packed(
+      const uint8_t* packed_any, int chunk, const int64_t (&rows)[2], int t, int K) {
     constexpr uint32_t kPadded = 0x44444444;
     const int packed_row = (K + 63) / 64 * 8;
     if constexpr (sizeof(T) == 2) {
@@ -84,7 +85,8 @@ struct Chunk {
       uint32_t rows[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const uint32_t low = packed[2 * h] >> 4 * nibble & 0x000f000f, high = packed[2 * h + 1] >> 4 * nibble & 0x000f000f;
+        const uint32_t low = packed[2 * h] >> 4 * nibble & 0x000f000f;
+        const uint32_t high = packed[2 * h + 1] >> 4 * nibble & 0x000f000f;
         rows[h] = ((low | low >> 12) & 0xff) | ((high | high >> 12) & 0xff) << 8;
       }
       return rows[0] | rows[1] << 16;

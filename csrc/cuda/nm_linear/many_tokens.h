@@ -1,9 +1,9 @@
 // nm_linear for many tokens: rows of W are the sparse operand of mma.sp, tokens its columns.
 //
-// A block computes kRows x kTokens outputs. A stage of the pipeline is 128 bytes of each token (64 float16 or 128 int8
-// columns), the 64 bytes of values that meet them in each row of W, and 8 or 16 bytes of packed positions. cp.async keeps
-// kStages - 1 stages under way. Rows and tokens past the end are read as the last one and not written; columns past
-// the end are zeros.
+// A block computes kRows x kTokens outputs. A stage of the pipeline is 128 bytes of each token (64 float16 or 128
+// int8 columns), the 64 bytes of values that meet them in each row of W, and 8 or 16 bytes of packed positions.
+// cp.async keeps kStages - 1 stages under way. Rows and tokens past the end are read as the last one and not written;
+// columns past the end are zeros.
 #pragma once
 
 #include "../finish.h"
@@ -86,7 +86,8 @@ __device__ __forceinline__ uint32_t metadata(const Stage<T, Tile>& stage, int ro
     const bool inside = bug(8) ? 16 * t <= columns : 16 * t < columns;
     return inside ? low | high << 16 : kPaddedMetadata;
   } else {  // 32 columns of row g or g + 8
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(stage.packed[row + g + 8 * (t & 1)] + 8 * step + 4 * (t >> 1));
+    const unsigned char* from = stage.packed[row + g + 8 * (t & 1)] + 8 * step + 4 * (t >> 1);
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
     const int first = 64 * step + 32 * (t >> 1);
     return (bug(8) ? first <= columns : first < columns) ? word : kPaddedMetadata;
   }
@@ -185,7 +186,8 @@ __device__ __forceinline__ void many_tokens(NM_LINEAR_PARAMETERS(T, Out)) {
     for (int j = 0; j < kTokenTiles; j++)
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        const int row = warp_row + 16 * i + (lane >> 2) + 8 * (c >> 1), token = warp_token + 8 * j + 2 * (lane & 3) + (c & 1);
+        const int row = warp_row + 16 * i + (lane >> 2) + 8 * (c >> 1);
+        const int token = warp_token + 8 * j + 2 * (lane & 3) + (c & 1);
         tile[token * Tile::kSumPitch + row] = sums[i][j][c];
       }
   if constexpr (!bug(7)) __syncthreads();

@@ -34,7 +34,8 @@ template <> struct Dtype<int8_t> { static constexpr int code = kInt8; };
 
 template <class T, class Tile>
 CudaLaunch tiled(const char* kernel, const NmLinearCuda& a) {
-  const int64_t row_tiles = (a.N + Tile::kRows - 1) / Tile::kRows, token_tiles = (a.M + Tile::kTokens - 1) / Tile::kTokens;
+  const int64_t row_tiles = (a.N + Tile::kRows - 1) / Tile::kRows;
+  const int64_t token_tiles = (a.M + Tile::kTokens - 1) / Tile::kTokens;
   return {kernel, row_tiles * token_tiles, Tile::kThreads, shared_bytes<T, Tile>()};
 }
 
@@ -52,7 +53,8 @@ cudaError_t run(
     *plan = launch;
     return cudaSuccess;
   }
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(launch.blocks), launch.threads, launch.shared_bytes, stream>>>(
       static_cast<const T*>(a.x), static_cast<const T*>(a.values), a.packed, static_cast<const Out*>(a.bias),

@@ -16,7 +16,7 @@ enum NmKernel : int { kLarge, kSmall, kFewTokens };
 struct NmLinearCuda {
   const void* x;          // M x K, of dtype: float16, bfloat16 or int8
   const void* values;     // N x K / 2, of dtype
-  const uint8_t* packed;  // N x ceil(K / 64) * 8: the position of each value in its group of 4, the first in the lowest bits
+  const uint8_t* packed;  // N x ceil(K / 64) * 8: of each value its position in its group, the first in the lowest bits
   const void* bias;       // N, or null
   const void* residual;   // M x N, or null
   const float* x_scales;  // M, int8 only: x[m] stands for x[m] * x_scales[m]

@@ -1,0 +1,67 @@
+"""csrc/cuda compiled by nvcc, and what the machine code of the built library holds. Needs no GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsenlp import native_cuda
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+NVCC = None if os.environ.get("SPARSENLP_CUDA") == "0" else shutil.which(os.environ.get("NVCC") or "nvcc")
+WHY_NOT = "nvcc was not found, or SPARSENLP_CUDA=0 hides it" if NVCC is None else native_cuda.why_unavailable
+
+
+def compile_ptx(op: str, folder: Path, bug: int = 0, sources: Path = SOURCES) -> str:
+    """The sm_80 PTX of sources/<op>/<op>.cu, with the seeded bug `bug`."""
+    assert NVCC is not None
+    output = folder / f"{op}-{bug}.ptx"
+    command = [NVCC, "-O3", "-std=c++17", "-arch=compute_80", "-ptx", f"-DBUG={bug}", "-o", str(output)]
+    run = subprocess.run([*command, str(sources / op / f"{op}.cu")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return output.read_text()
+
+
+@dataclass
+class MachineCode:
+    """Of one kernel, for one target; shared memory without what the launch allocates."""
+
+    registers: int
+    stack: int
+    shared: int
+    opcodes: Counter[str]
+
+    def count(self, prefix: str) -> int:
+        return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(prefix))
+
+
+def cuobjdump() -> str | None:
+    """The one on the PATH, or the one in Triton's wheel."""
+    try:
+        from triton.backends import nvidia
+    except ImportError:
+        return shutil.which("cuobjdump")
+    return shutil.which("cuobjdump") or str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
+
+
+@functools.cache
+def machine_code(target: str) -> dict[str, MachineCode]:
+    """{kernel: its machine code for "sm_80", ...} of the built library."""
+    tool = cuobjdump()
+    assert tool is not None
+    command = [tool, "-arch", target, "-res-usage", "-sass", str(native_cuda.LIBRARY)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing)
+    kernels = {
+        name: MachineCode(int(reg), int(stack), int(shared), Counter()) for name, reg, stack, shared in resources
+    }
+    for part in listing.split("Function : ")[1:]:
+        name, _, code = part.partition("\n")
+        kernels[name].opcodes.update(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code))
+    return kernels
