@@ -12,7 +12,7 @@ from .. import native_cuda
 from ..reference.bsr_linear import ACTIVATIONS, quantize_tokens
 
 PATTERN = (2, 4)
-KERNELS = (("large", None), ("small", 64), ("few", 8))
+KERNELS: tuple[tuple[str, int | None], ...] = (("large", None), ("small", 64), ("few", 8))
 """(kernel, the most tokens it is for), numbered as enum NmKernel of csrc/cuda/nm_linear/nm_linear.h."""
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}  # enum NmDtype
 LARGEST = 2**31 - 2**10  # a size; kernels round sizes up to their tiles in 32 bits
@@ -99,7 +99,7 @@ def prepare(
     Raises RuntimeError that begins with `what` if the tensors do not fit together or begin at an odd address.
     """
     N, K = values.shape[0], x.shape[-1]
-    expected = {  # shape and dtype of each
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
         "values": (values, (N, K // 2), x.dtype if scales is None else torch.int8),
         "packed": (packed, (N, -(-K // 64) * 8), torch.uint8),
         "bias": (bias, (N,), x.dtype),
@@ -112,7 +112,7 @@ def prepare(
                 f"{what}: expected {name} of shape {tuple(shape)} and dtype {dtype} on {x.device}, "
                 f"got {tuple(tensor.shape)} and {tensor.dtype} on {tensor.device}"
             )
-    tensors = {"x": x, **{name: tensor for name, (tensor, *_) in expected.items()}, "y": y}
+    tensors: dict[str, Tensor | None] = {"x": x, **{name: tensor for name, (tensor, *_) in expected.items()}, "y": y}
     if scales is not None:
         rounded, x_scales = quantize_tokens(x, input_scale)
         tensors |= {"x": rounded.to(torch.int8), "x_scales": x_scales}
