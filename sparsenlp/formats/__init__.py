@@ -1,7 +1,8 @@
 """What a sparse weight is. Plain data: no compute, no modules."""
 
 from .block import BlockSparse
+from .block_mask import BlockMask
 from .encoder import EncoderWeights, SparseProjection
 from .nm import NM
 
-__all__ = ["NM", "BlockSparse", "EncoderWeights", "SparseProjection"]
+__all__ = ["NM", "BlockMask", "BlockSparse", "EncoderWeights", "SparseProjection"]
