@@ -51,6 +51,7 @@ SHARES_KERNELS_OF = {
     "decoder_layers": ["bsr_linear"],
     "sparse_ffn": ["encoder_layer", "bsr_linear"],
     "dense_attention": ["encoder_layer"],
+    "block_sparse_attention": ["encoder_layer"],
 }
 CUDA_LIBRARY = "sparsenlp.libsparsenlp_cuda"
 CUDA_CODE = [

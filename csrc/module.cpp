@@ -40,6 +40,8 @@ static PyObject* kernels(PyObject*, PyObject*) {
 #include "cpu/sparse_ffn/sparse_ffn.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "dense_attention." #dtype},
 #include "cpu/dense_attention/dense_attention.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "block_sparse_attention." #dtype},
+#include "cpu/block_sparse_attention/block_sparse_attention.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "add_layer_norm." #dtype},
 #include "cpu/add_layer_norm/add_layer_norm.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "embed_layer_norm." #dtype},

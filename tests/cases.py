@@ -49,6 +49,14 @@ TOLERANCES = {
     ("sparse_ffn", torch.int8): {"rtol": 2e-2, "atol": 4e-2},
     ("dense_attention", torch.float32): {"rtol": 2e-6, "atol": 4e-6},
     ("dense_attention", torch.bfloat16): {"rtol": 1.6e-2, "atol": 1e-2},
+    ("block_sparse_attention", torch.float32): {"rtol": 2e-6, "atol": 4e-6},
+    ("block_sparse_attention", torch.bfloat16): {"rtol": 1.6e-2, "atol": 1e-2},
+    ("block_sparse_attention", torch.float16): {"rtol": 2e-3, "atol": 2e-3},
+    ("block_sparse_attention", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
+    ("block_sparse_attention_grad", torch.float32): {"rtol": 1e-5, "atol": 2e-5},
+    ("block_sparse_attention_grad", torch.bfloat16): {"rtol": 1.6e-2, "atol": 5e-2},
+    ("block_sparse_attention_grad", torch.float16): {"rtol": 4e-3, "atol": 1e-2},
+    ("block_sparse_attention_grad", torch.float64): {"rtol": 1e-12, "atol": 1e-12},
 }
 
 

@@ -17,6 +17,7 @@ OPS = (
     "nm_linear",
     "sparse_ffn",
     "dense_attention",
+    "block_sparse_attention",
     "encoder_layer",
     "decoder_layers",
     "add_layer_norm",

@@ -1,6 +1,7 @@
 """One file per op: schema, argument checks, fake, autograd, and which backend runs."""
 
 from .add_layer_norm import add_layer_norm
+from .block_sparse_attention import block_sparse_attention
 from .bsr_linear import bsr_linear, bsr_linear_add_
 from .decoder_layers import decoder_layers
 from .dense_attention import dense_attention
@@ -11,6 +12,7 @@ from .sparse_ffn import sparse_ffn
 
 __all__ = [
     "add_layer_norm",
+    "block_sparse_attention",
     "bsr_linear",
     "bsr_linear_add_",
     "decoder_layers",

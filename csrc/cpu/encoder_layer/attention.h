@@ -78,17 +78,14 @@ SNLP_INLINE Vec position_bias(const AttentionTiles& a, int head, int64_t token, 
   return (Vec)((VecI)bias & inside);
 }
 
-// scores[T][W] of the queries with all keys of one tile; the largest so far is updated.
-template <class D, int R>
-SNLP_INLINE void score_tile(
-    const AttentionTiles& a, int head, const Queries<R>& q, int64_t token0, const float* query, const float* key,
-    int64_t dimensions, int64_t key0, float* scores, Vec largest[R]) {
-  constexpr int W = R * kLanes, B = kKeyBlock;
-  const bool masked = key0 < q.all_from || key0 + a.T > q.all_to;
-  for (int j0 = 0; j0 < a.T; j0 += B) {
+// put(j, r, sum) for each key j of a tile and vector r of W queries: the sum of their products over the dimensions.
+template <class D, int R, class Put>
+SNLP_INLINE void multiply_keys(const float* query, const float* key, int T, int64_t dimensions, Put put) {
+  constexpr int B = kKeyBlock;
+  for (int j0 = 0; j0 < T; j0 += B) {
     Vec sum[B][R] = {};
     const float *x = query, *w = key + j0;
-    for (int64_t d = 0; d < dimensions; d++, x += a.T, w += a.T) {
+    for (int64_t d = 0; d < dimensions; d++, x += T, w += T) {
       Vec xv[R];
       SNLP_UNROLL for (int r = 0; r < R; r++) xv[r] = load(x + r * kLanes);
       SNLP_UNROLL for (int j = 0; j < B; j++) {
@@ -97,15 +94,25 @@ SNLP_INLINE void score_tile(
       }
     }
     SNLP_UNROLL for (int j = 0; j < B; j++)
-      SNLP_UNROLL for (int r = 0; r < R; r++) {
-        const int32_t at = (int32_t)(key0 + j0 + j);
-        Vec s = sum[j][r] * (a.scale * kLog2e);
-        if (a.position_bias) s += position_bias(a, head, token0 + r * kLanes, q.first[r], at) * kLog2e;
-        if (masked) s = ((q.first[r] <= at) & (q.last[r] > at)) ? s : splat(kMasked);
-        largest[r] = max(largest[r], s);
-        store(scores + (j0 + j) * W + r * kLanes, s);
-      }
+      SNLP_UNROLL for (int r = 0; r < R; r++) put(j0 + j, r, sum[j][r]);
   }
+}
+
+// scores[T][W] of the queries with all keys of one tile; the largest so far is updated.
+template <class D, int R>
+SNLP_INLINE void score_tile(
+    const AttentionTiles& a, int head, const Queries<R>& q, int64_t token0, const float* query, const float* key,
+    int64_t dimensions, int64_t key0, float* scores, Vec largest[R]) {
+  constexpr int W = R * kLanes;
+  const bool masked = key0 < q.all_from || key0 + a.T > q.all_to;
+  multiply_keys<D, R>(query, key, a.T, dimensions, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
+    const int32_t at = (int32_t)(key0 + j);
+    Vec s = sum * (a.scale * kLog2e);
+    if (a.position_bias) s += position_bias(a, head, token0 + r * kLanes, q.first[r], at) * kLog2e;
+    if (masked) s = ((q.first[r] <= at) & (q.last[r] > at)) ? s : splat(kMasked);
+    largest[r] = max(largest[r], s);
+    store(scores + j * W + r * kLanes, s);
+  });
 }
 
 // context[B][W] += values[B][keys of one tile] times probabilities, which are words [T / kUnit][W].
@@ -127,38 +134,32 @@ SNLP_INLINE void add_values(const float* words, const typename D::Element* value
     SNLP_UNROLL for (int r = 0; r < R; r++) store(context + j * W + r * kLanes, sum[j][r]);
 }
 
-// out[value dimensions][T] at the W tokens from t on = attention of one head. scratch: W * (kChunk + value
-// dimensions) words.
+// Softmax and context of W queries over chunks of keys, each weighed against the largest score so far.
 template <class D, int R>
-void attend(const AttentionTiles& a, const Queries<R>& q, int64_t tile, int t, int head, float* out, float* scratch) {
-  constexpr int W = R * kLanes;
+struct Softmax {
+  static constexpr int W = R * kLanes;
   typedef typename D::Element E;
-  const int T = a.T;
-  const int64_t query_size = a.query_rows[a.heads], value_size = a.value_rows[a.heads];
-  const int64_t q0 = a.query_rows[head] / D::kUnit, dimensions = (a.query_rows[head + 1] + D::kUnit - 1) / D::kUnit - q0;
-  const int64_t v0 = a.value_rows[head], width = a.value_rows[head + 1] - v0;
-  float *scores = scratch, *context = scratch + kChunk * W;
-  for (int64_t i = 0; i < width * W; i += kLanes) store(context + i, Vec{});
-  Vec largest[R], total[R] = {};
-  for (int r = 0; r < R; r++) largest[r] = splat(kLowest);
-  const float* query = a.queries + (tile * query_size + q0) * T + t;
-  const int64_t tile_from = q.any_from / T, tile_to = (q.any_to + T - 1) / T;
-  for (int64_t from = tile_from; from < tile_to; from += kChunk / T) {
-    const int64_t to = smaller(from + kChunk / T, tile_to), keys = (to - from) * T;
-    Vec before[R];
-    for (int r = 0; r < R; r++) before[r] = largest[r];
-    for (int64_t i = from; i < to; i++)
-      score_tile<D, R>(
-          a, head, q, tile * T + t, query, a.keys + (i * query_size + q0) * T, dimensions, i * T, scores + (i - from) * T * W,
-          largest);
+  float* context;  // [width][W]
+  int64_t width;
+  Vec largest[R], total[R];
+  bool first = true;
+
+  inline __attribute__((always_inline)) Softmax(float* context, int64_t width) : context(context), width(width) {
+    for (int64_t i = 0; i < width * W; i += kLanes) store(context + i, Vec{});
+    for (int r = 0; r < R; r++) largest[r] = splat(kLowest), total[r] = Vec{};
+  }
+
+  // scores[keys][W] become probabilities, as words [keys / kUnit][W]; `before` is what was largest without them.
+  inline __attribute__((always_inline)) void weigh(float* scores, int64_t keys, const Vec before[R]) {
     Vec shrink[R];
     for (int r = 0; r < R; r++) {
       shrink[r] = exp2_below(before[r] - largest[r]);
       total[r] *= shrink[r];
     }
-    if (from != tile_from)
+    if (!first)
       for (int64_t d = 0; d < width; d++)
         for (int r = 0; r < R; r++) store(context + d * W + r * kLanes, load(context + d * W + r * kLanes) * shrink[r]);
+    first = false;
     for (int64_t key = 0; key < keys; key += D::kUnit)
       for (int r = 0; r < R; r++) {
         float* at = scores + key * W + r * kLanes;
@@ -169,19 +170,48 @@ void attend(const AttentionTiles& a, const Queries<R>& q, int64_t tile, int t, i
         }
         if constexpr (D::kUnit == 2) store(scores + key / 2 * W + r * kLanes, pair_words(load(at), load(at + W)));
       }
-    for (int64_t i = from; i < to; i++) {
-      const float* words = scores + (i - from) * T / D::kUnit * W;
-      const E* values = (const E*)(a.values + i * value_size * T) + v0 * T;
-      int64_t d = 0;
-      for (; d + kKeyBlock <= width; d += kKeyBlock)
-        add_values<D, R, kKeyBlock>(words, values + d * T, T, context + d * W);
-      for (; d < width; d++) add_values<D, R, 1>(words, values + d * T, T, context + d * W);
-    }
   }
-  for (int r = 0; r < R; r++) total[r] = 1.0f / total[r];
+
+  // context += probabilities times values[width][T] of one tile of keys.
+  inline __attribute__((always_inline)) void add(const float* words, const E* values, int T) {
+    int64_t d = 0;
+    for (; d + kKeyBlock <= width; d += kKeyBlock)
+      add_values<D, R, kKeyBlock>(words, values + d * T, T, context + d * W);
+    for (; d < width; d++) add_values<D, R, 1>(words, values + d * T, T, context + d * W);
+  }
+};
+
+// out[value dimensions][T] at the W tokens from t on = attention of one head. scratch: W * (kChunk + value
+// dimensions) words.
+template <class D, int R>
+void attend(const AttentionTiles& a, const Queries<R>& q, int64_t tile, int t, int head, float* out, float* scratch) {
+  constexpr int W = R * kLanes;
+  typedef typename D::Element E;
+  const int T = a.T;
+  const int64_t query_size = a.query_rows[a.heads], value_size = a.value_rows[a.heads];
+  const int64_t q0 = a.query_rows[head] / D::kUnit, dimensions = (a.query_rows[head + 1] + D::kUnit - 1) / D::kUnit - q0;
+  const int64_t v0 = a.value_rows[head], width = a.value_rows[head + 1] - v0;
+  float* scores = scratch;
+  Softmax<D, R> softmax(scratch + kChunk * W, width);
+  const float* query = a.queries + (tile * query_size + q0) * T + t;
+  const int64_t tile_from = q.any_from / T, tile_to = (q.any_to + T - 1) / T;
+  for (int64_t from = tile_from; from < tile_to; from += kChunk / T) {
+    const int64_t to = smaller(from + kChunk / T, tile_to);
+    Vec before[R];
+    for (int r = 0; r < R; r++) before[r] = softmax.largest[r];
+    for (int64_t i = from; i < to; i++)
+      score_tile<D, R>(
+          a, head, q, tile * T + t, query, a.keys + (i * query_size + q0) * T, dimensions, i * T, scores + (i - from) * T * W,
+          softmax.largest);
+    softmax.weigh(scores, (to - from) * T, before);
+    for (int64_t i = from; i < to; i++)
+      softmax.add(scores + (i - from) * T / D::kUnit * W, (const E*)(a.values + i * value_size * T) + v0 * T, T);
+  }
+  Vec inverse[R];
+  for (int r = 0; r < R; r++) inverse[r] = 1.0f / softmax.total[r];
   for (int64_t d = 0; d < width; d++)
     for (int r = 0; r < R; r++)
-      store(out + d * T + t + r * kLanes, load(context + d * W + r * kLanes) * total[r]);
+      store(out + d * T + t + r * kLanes, load(softmax.context + d * W + r * kLanes) * inverse[r]);
 }
 
 }  // namespace

@@ -1,0 +1,49 @@
+// Attention to the keys in the stored blocks of a mask, forward and backward.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Elements of one head of one sequence lie at x + batch * strides[0] + head * strides[1] + row * strides[2].
+struct AttentionRows {
+  const void* x;
+  int64_t strides[3];
+};
+
+struct BlockSparseAttention {
+  AttentionRows query, key, value;
+  void* y;     // batch x heads x queries x value_width
+  float* lse;  // batch x heads x queries: log-sum-exp of the scaled scores
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  float scale;
+  bool half;  // query, key, value and y are bfloat16
+
+  // The mask: block rows of its heads one after the other, and what the blocks hold.
+  const int32_t *crow_indices, *col_indices, *pattern_indices;
+  const uint8_t* patterns;  // P x block columns x block rows, not 0 where a query attends to a key
+  int64_t mask_heads, rows, columns;  // rows, columns: of a block, multiples of T
+  const uint8_t* key_mask;  // batch x keys, 0 for padding, or null
+  int T;                    // 16 or 32: queries and keys in a tile
+
+  // Backward: what forward returned as lse, and the gradients.
+  AttentionRows grad;  // of y
+  const float* delta;  // batch x heads x queries
+  void *grad_query, *grad_key, *grad_value;  // contiguous
+
+  int64_t block_rows() const { return (queries + rows - 1) / rows; }
+  int64_t key_tiles() const { return (keys + T - 1) / T; }
+  int64_t mask_row(int64_t head, int64_t row) const { return (mask_heads > 1 ? head : 0) * block_rows() + row; }
+
+  // 4-byte words of scratch that one part needs. The keys and values of a head, with the row of each and the state of
+  // each tile; then, forward: a tile of queries, its context twice, and the scores of 128 keys; backward: rows of the
+  // gradients of keys and values; a tile of queries and its gradients, feature-major and in rows, and its scores twice.
+  size_t scratch() const {
+    const int64_t padded = key_tiles() * T, all = width + value_width, rounded = (width + 15) / 16 * 16 + (value_width + 15) / 16 * 16;
+    if (!grad_query) return padded * (all + 2) + T * (all + value_width + 128);
+    return padded * (all + rounded + 2) + T * (all + rounded + 2 * width + 2 * T + 2);
+  }
+};
+
+// The kernel computes share `part` of `parts`, of about equal work. `scratch` is private to the call and 64-byte
+// aligned.
+typedef void BlockSparseAttentionKernel(const BlockSparseAttention&, int part, int parts, float* scratch);

@@ -1,0 +1,80 @@
+// The keys and values of one head of one sequence as feature-major tiles, each packed when a query first meets it.
+#pragma once
+
+#include "../encoder_layer/attention.h"
+#include "block_sparse_attention.h"
+
+namespace {
+
+enum TileState : int32_t { kUnpacked, kNoKey, kSomeKeys, kAllKeys };
+
+// P: how elements of a row become words, A: how those are multiplied.
+template <class P, class A>
+struct Heads {
+  typedef typename P::Element E;
+  typedef typename A::Element V;
+  const BlockSparseAttention& a;
+  int64_t words, batch = -1, kv_head = -1;
+  float *keys, *values;     // [tiles][words or value width][T]
+  int32_t *source, *state;  // row of each key, -1 where there is none; of each tile
+  float* rest;              // scratch that is left
+
+  Heads(const BlockSparseAttention& a, float* scratch) : a(a), words((a.width + A::kUnit - 1) / A::kUnit) {
+    const int64_t padded = a.key_tiles() * a.T;
+    keys = scratch;
+    values = keys + padded * a.width;
+    source = (int32_t*)(values + padded * a.value_width);
+    state = source + padded;
+    rest = (float*)(state + padded);
+  }
+
+  static const E* head_of(const AttentionRows& rows, int64_t batch, int64_t head) {
+    return (const E*)rows.x + batch * rows.strides[0] + head * rows.strides[1];
+  }
+
+  void select(int64_t new_batch, int64_t new_head) {
+    if (batch == new_batch && kv_head == new_head) return;
+    batch = new_batch;
+    kv_head = new_head;
+    memset(state, 0, a.key_tiles() * sizeof *state);
+  }
+
+  TileState use(int64_t tile) {
+    if (state[tile] == kUnpacked) pack(tile);
+    return (TileState)state[tile];
+  }
+
+  const float* key_tile(int64_t tile) const { return keys + tile * words * a.T; }
+  const V* value_tile(int64_t tile) const { return (const V*)(values + tile * a.value_width * a.T); }
+
+ private:
+  void pack(int64_t tile) {
+    const int64_t first = tile * a.T;
+    const uint8_t* real = a.key_mask ? a.key_mask + batch * a.keys : nullptr;
+    int count = 0;
+    for (int64_t key = first; key < first + a.T; key++) {
+      const bool there = key < a.keys && (!real || real[key]);
+      source[key] = there ? (int32_t)key : -1;
+      count += there;
+    }
+    state[tile] = count == 0 ? kNoKey : count < a.T ? kSomeKeys : kAllKeys;
+    if (count == 0) return;
+    pack_rows<P>(
+        head_of(a.key, batch, kv_head), a.key.strides[2], source + first, a.width, a.T, keys + tile * words * a.T);
+    pack_rows<typename P::Scalar>(
+        head_of(a.value, batch, kv_head), a.value.strides[2], source + first, a.value_width, a.T, (V*)value_tile(tile));
+  }
+};
+
+// The rows of a tile of queries: -1 beyond the last.
+SNLP_INLINE int64_t rows_of_tile(const BlockSparseAttention& a, int64_t first, int32_t source[32]) {
+  for (int t = 0; t < a.T; t++) source[t] = first + t < a.queries ? (int32_t)(first + t) : -1;
+  return smaller(a.T, a.queries - first);
+}
+
+// Whether kLanes queries attend to a key: a column of a pattern.
+SNLP_INLINE VecI attends(const uint8_t* pattern) {
+  return __builtin_convertvector((load_lanes<uint8_t, kLanes>(pattern)), VecI) != 0;
+}
+
+}  // namespace

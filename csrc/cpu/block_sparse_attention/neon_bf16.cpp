@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+SNLP_FORWARD(bf16_neon_bf16, Bf16Dot, Bf16Dot)
