@@ -165,7 +165,7 @@ class Launch:
 
     kernel: Any
     programs: int
-    arguments: tuple[Tensor | int | None, ...]
+    arguments: tuple[Tensor | int | float | None, ...]
     constants: dict[str, int | str]
     options: dict[str, int | bool]
 

@@ -1,0 +1,595 @@
+"""block_sparse_attention, forward and backward: compiled and simulated, not run on hardware.
+
+_forward_kernel        a program: a tile of queries of one head, over the blocks of its block row
+_grad_query_kernel     the same tiles, once more over the same blocks
+_grad_key_value_kernel a program: a tile of keys of one key head, over the blocks of its block column, for all query
+                       heads that share it; nothing is added atomically, so results are the same every time
+
+Scores are in units of ln 2, for exp2. Where a block refers to a pattern, pairs outside it are masked; whole blocks load
+none. Products run on tensor cores for float16 and bfloat16, and on FMA for float32 (TF32 would miss the op's
+tolerance). Needs compute capability 8.0.
+
+Source: Dao 2023, arXiv:2307.08691; blocks after Child et al. 2019, arXiv:1904.10509.
+"""
+
+# mypy: allow-incomplete-defs
+# (in kernels only constexpr parameters are annotated)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bsr_linear import DTYPES, INTERPRETED, Launch
+
+MOST_WIDTH = 256
+
+
+@triton.jit
+def _rows(x_ptr, row, count, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows `row` (int64) of x (count, WIDTH), [rows, BLOCK], zero beyond them."""
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < count) & (column[None, :] < WIDTH)
+    return tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(x_ptr, row, count, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store x [rows, BLOCK] as rows of a contiguous (count, WIDTH)."""
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < count) & (column[None, :] < WIDTH)
+    target = x_ptr + row[:, None] * WIDTH + column[None, :]
+    tl.store(target, tl.cast(x, x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attends(
+    query,
+    key,
+    queries,
+    keys,
+    key_mask_ptr,
+    patterns_ptr,
+    pattern,
+    HAS_PATTERNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Which of the pairs of query and key attend, bool; one of the two is [n, 1], the other [1, m], both int64."""
+    keep = (query < queries) & (key < keys)
+    if key_mask_ptr is not None:
+        keep = keep & (tl.load(key_mask_ptr + key, mask=key < keys, other=0) != 0)
+    if HAS_PATTERNS:  # noqa: SIM102 (known when compiling, which the pattern is not)
+        if pattern >= 0:
+            place = tl.cast(pattern, tl.int64) * (ROWS * COLUMNS) + query % ROWS * COLUMNS + key % COLUMNS
+            keep = keep & (tl.load(patterns_ptr + place, mask=keep, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    crow_ptr,
+    col_ptr,
+    index_ptr,
+    patterns_ptr,
+    key_mask_ptr,
+    y_ptr,
+    lse_ptr,
+    scale,
+    queries,
+    keys,
+    heads,
+    group,
+    query_stride_b,
+    query_stride_h,
+    query_stride_l,
+    key_stride_b,
+    key_stride_h,
+    key_stride_l,
+    value_stride_b,
+    value_stride_h,
+    value_stride_l,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HAS_PATTERNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y (B, H, Lq, E) and lse (B, H, Lq), both contiguous."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    row = tl.cast(first + tl.arange(0, BLOCK_M), tl.int64)  # [BM]
+    mask_row = first // ROWS
+    if PER_HEAD:
+        mask_row += head * tl.cdiv(queries, ROWS)
+    start = tl.load(crow_ptr + mask_row)
+    count = tl.load(crow_ptr + mask_row + 1) - start
+    q_rows = query_ptr + batch * query_stride_b + head * query_stride_h
+    k_rows = key_ptr + batch * key_stride_b + head // group * key_stride_h
+    v_rows = value_ptr + batch * value_stride_b + head // group * value_stride_h
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch * keys
+    q = _rows(q_rows, row, queries, query_stride_l, D, BLOCK_D)  # [BM, BD]
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    steps: tl.constexpr = COLUMNS // BLOCK_N
+    for step in range(0, count * steps):
+        p = start + step // steps
+        key = tl.cast(tl.load(col_ptr + p), tl.int64) * COLUMNS + step % steps * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+        k = _rows(k_rows, key, keys, key_stride_l, D, BLOCK_D)  # [BN, BD]
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # [BM, BN]
+        pattern = tl.load(index_ptr + p)
+        keep = _attends(
+            row[:, None], key[None, :], queries, keys, key_mask_ptr, patterns_ptr, pattern, HAS_PATTERNS, ROWS, COLUMNS
+        )
+        s = tl.where(keep, s, float("-inf"))
+        before = largest
+        largest = tl.maximum(largest, tl.max(s, axis=1))
+        safe = tl.where(largest == float("-inf"), 0.0, largest)
+        weight = tl.exp2(s - safe[:, None])  # [BM, BN]
+        shrink = tl.exp2(before - safe)
+        total = total * shrink + tl.sum(weight, axis=1)
+        v = _rows(v_rows, key, keys, value_stride_l, E, BLOCK_E)  # [BN, BE]
+        if key_mask_ptr is not None:  # padding may hold anything, and zero times NaN is NaN
+            real = tl.load(key_mask_ptr + key, mask=key < keys, other=0) != 0
+            v = tl.where(real[:, None], v, 0.0)
+        acc = tl.dot(tl.cast(weight, v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    empty = total == 0
+    y = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+    lse = tl.where(empty, float("-inf"), largest * 0.6931471805599453 + tl.log(total))
+    _store_rows(y_ptr + batch_head * queries * E, row, queries, y, E, BLOCK_E)
+    tl.store(lse_ptr + batch_head * queries + row, lse, mask=row < queries)
+
+
+@triton.jit
+def _grad_query_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    crow_ptr,
+    col_ptr,
+    index_ptr,
+    patterns_ptr,
+    key_mask_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_query_ptr,
+    scale,
+    queries,
+    keys,
+    heads,
+    group,
+    query_stride_b,
+    query_stride_h,
+    query_stride_l,
+    key_stride_b,
+    key_stride_h,
+    key_stride_l,
+    value_stride_b,
+    value_stride_h,
+    value_stride_l,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HAS_PATTERNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_query (B, H, Lq, D); it and grad (B, H, Lq, E) are contiguous."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    row = tl.cast(first + tl.arange(0, BLOCK_M), tl.int64)  # [BM]
+    mask_row = first // ROWS
+    if PER_HEAD:
+        mask_row += head * tl.cdiv(queries, ROWS)
+    start = tl.load(crow_ptr + mask_row)
+    count = tl.load(crow_ptr + mask_row + 1) - start
+    k_rows = key_ptr + batch * key_stride_b + head // group * key_stride_h
+    v_rows = value_ptr + batch * value_stride_b + head // group * value_stride_h
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch * keys
+    q_rows = query_ptr + batch * query_stride_b + head * query_stride_h
+    q = _rows(q_rows, row, queries, query_stride_l, D, BLOCK_D)  # [BM, BD]
+    g = _rows(grad_ptr + batch_head * queries * E, row, queries, E, E, BLOCK_E)  # [BM, BE]
+    lse = tl.load(lse_ptr + batch_head * queries + row, mask=row < queries, other=0.0) * 1.4426950408889634
+    delta = tl.load(delta_ptr + batch_head * queries + row, mask=row < queries, other=0.0)  # [BM]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    steps: tl.constexpr = COLUMNS // BLOCK_N
+    for step in range(0, count * steps):
+        p = start + step // steps
+        key = tl.cast(tl.load(col_ptr + p), tl.int64) * COLUMNS + step % steps * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+        k = _rows(k_rows, key, keys, key_stride_l, D, BLOCK_D)  # [BN, BD]
+        if key_mask_ptr is not None:
+            real = tl.load(key_mask_ptr + key, mask=key < keys, other=0) != 0
+            k = tl.where(real[:, None], k, 0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # [BM, BN]
+        pattern = tl.load(index_ptr + p)
+        keep = _attends(
+            row[:, None], key[None, :], queries, keys, key_mask_ptr, patterns_ptr, pattern, HAS_PATTERNS, ROWS, COLUMNS
+        )
+        v = _rows(v_rows, key, keys, value_stride_l, E, BLOCK_E)  # [BN, BE]
+        change = tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None]  # [BM, BN]
+        grad_s = tl.where(keep, tl.exp2(s - lse[:, None]) * change * scale, 0.0)
+        acc = tl.dot(tl.cast(grad_s, k.dtype), k, acc, input_precision="ieee")
+    _store_rows(grad_query_ptr + batch_head * queries * D, row, queries, acc, D, BLOCK_D)
+
+
+@triton.jit
+def _grad_key_value_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    ccol_ptr,
+    row_ptr,
+    index_ptr,
+    patterns_ptr,
+    key_mask_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    scale,
+    queries,
+    keys,
+    heads,
+    group,
+    query_stride_b,
+    query_stride_h,
+    query_stride_l,
+    key_stride_b,
+    key_stride_h,
+    key_stride_l,
+    value_stride_b,
+    value_stride_h,
+    value_stride_l,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HAS_PATTERNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_key (B, Hkv, Lk, D) and grad_value (B, Hkv, Lk, E), contiguous; ccol, row: the mask by block columns."""
+    tiles = tl.cdiv(keys, BLOCK_N)
+    first = tl.program_id(0) % tiles * BLOCK_N
+    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    kv_heads = heads // group
+    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    key = tl.cast(first + tl.arange(0, BLOCK_N), tl.int64)  # [BN]
+    k_rows = key_ptr + batch * key_stride_b + kv_head * key_stride_h
+    v_rows = value_ptr + batch * value_stride_b + kv_head * value_stride_h
+    k = _rows(k_rows, key, keys, key_stride_l, D, BLOCK_D)  # [BN, BD]
+    v = _rows(v_rows, key, keys, value_stride_l, E, BLOCK_E)  # [BN, BE]
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch * keys
+    grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    steps: tl.constexpr = ROWS // BLOCK_M
+    for member in range(0, group):
+        head = kv_head * group + member
+        column = first // COLUMNS
+        if PER_HEAD:
+            column += head * tl.cdiv(keys, COLUMNS)
+        start = tl.load(ccol_ptr + column)
+        count = tl.load(ccol_ptr + column + 1) - start
+        q_rows = query_ptr + batch * query_stride_b + head * query_stride_h
+        rows = (batch * heads + head) * queries
+        for step in range(0, count * steps):
+            p = start + step // steps
+            row = (
+                tl.cast(tl.load(row_ptr + p), tl.int64) * ROWS + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+            )  # [BM]
+            q = _rows(q_rows, row, queries, query_stride_l, D, BLOCK_D)  # [BM, BD]
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)  # [BN, BM]
+            lse = tl.load(lse_ptr + rows + row, mask=row < queries, other=0.0) * 1.4426950408889634  # [BM]
+            pattern = tl.load(index_ptr + p)
+            keep = _attends(
+                row[None, :],
+                key[:, None],
+                queries,
+                keys,
+                key_mask_ptr,
+                patterns_ptr,
+                pattern,
+                HAS_PATTERNS,
+                ROWS,
+                COLUMNS,
+            )
+            weight = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)  # [BN, BM]
+            g = _rows(grad_ptr + rows * E, row, queries, E, E, BLOCK_E)  # [BM, BE]
+            grad_v = tl.dot(tl.cast(weight, g.dtype), g, grad_v, input_precision="ieee")
+            delta = tl.load(delta_ptr + rows + row, mask=row < queries, other=0.0)  # [BM]
+            change = tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :]  # [BN, BM]
+            grad_s = tl.where(keep, weight * change * scale, 0.0)
+            grad_k = tl.dot(tl.cast(grad_s, q.dtype), q, grad_k, input_precision="ieee")
+    _store_rows(grad_key_ptr + batch_head * keys * D, key, keys, grad_k, D, BLOCK_D)
+    _store_rows(grad_value_ptr + batch_head * keys * E, key, keys, grad_v, E, BLOCK_E)
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pattern_indices: Tensor,
+    patterns: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(context, log-sum-exp) of softmax(scale Q Kᵀ) V over the pairs that the mask keeps; no gradient.
+
+    query            (B, H, Lq, D)    float32, float16 or bfloat16, on CUDA (on CPU where Triton interprets)
+    key              (B, Hkv, Lk, D)  dtype of query
+    value            (B, Hkv, Lk, E)  dtype of query; D and E at most 256
+    crow_indices ... patterns         as in sparsenlp.formats.BlockMask, int32 and bool, contiguous
+    key_mask         (B, Lk)          bool, False for padding, or None
+    returns          (B, H, Lq, E) in the dtype of query, (B, H, Lq) float32: zeros and -inf without any key
+
+    The content of the indices is trusted. Raises TypeError for a dtype, ValueError for a shape or a device that does
+    not fit.
+    """
+    _check(query, key, value, crow_indices, col_indices, pattern_indices, patterns, key_mask)
+    y = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if lse.numel():
+        mask = (crow_indices, col_indices, pattern_indices, patterns)
+        with torch.cuda.device_of(query):
+            plan(query, key, value, *mask, key_mask, scale, y, lse).run()
+    return y, lse
+
+
+def block_sparse_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pattern_indices: Tensor,
+    patterns: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value.
+
+    grad   (B, H, Lq, E)  of the context, in its dtype
+    lse    (B, H, Lq)     float32, as forward returned it
+    delta  (B, H, Lq)     float32, sum of grad * context over E, minus the gradient of lse
+    """
+    mask = (crow_indices, col_indices, pattern_indices, patterns)
+    _check(query, key, value, *mask, key_mask)
+    grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
+    if lse.numel() and key.shape[2]:
+        arguments = (grad.contiguous(), query, key, value, lse.contiguous(), delta.contiguous(), *mask, key_mask, scale)
+        with torch.cuda.device_of(query):
+            for launch in plan_backward(*arguments, *grads):
+                launch.run()
+    return grads
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pattern_indices: Tensor,
+    patterns: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    y: Tensor,
+    lse: Tensor,
+) -> Launch:
+    """The launch that fills y and lse, not empty, from arguments that are known to fit."""
+    shapes = _Shapes(query, key, value, crow_indices, patterns)
+    tile = _tile(shapes, query.dtype, backward=False)
+    return Launch(
+        kernel=_forward_kernel,
+        programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, tile["BLOCK_M"]),
+        arguments=(
+            *shapes.rows,
+            crow_indices,
+            col_indices,
+            pattern_indices,
+            patterns.view(torch.uint8),
+            None if key_mask is None else key_mask.contiguous().view(torch.uint8),
+            y,
+            lse,
+            scale,
+            *shapes.sizes,
+        ),
+        constants={**shapes.constants, **tile},
+        options=_options(shapes, tile, query.dtype),
+    )
+
+
+def plan_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pattern_indices: Tensor,
+    patterns: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> tuple[Launch, Launch]:
+    """The launches that fill the gradients of query, and of key and value, from arguments that are known to fit."""
+    shapes = _Shapes(query, key, value, crow_indices, patterns)
+    tile = _tile(shapes, query.dtype, backward=True)
+    columns = _by_columns(crow_indices, col_indices, pattern_indices, shapes)
+    shared = (patterns.view(torch.uint8), None if key_mask is None else key_mask.contiguous().view(torch.uint8))
+    options = _options(shapes, tile, query.dtype)
+    constants = {**shapes.constants, **tile}
+    rows = (grad, lse, delta)
+    return (
+        Launch(
+            kernel=_grad_query_kernel,
+            programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, tile["BLOCK_M"]),
+            arguments=(
+                *shapes.rows,
+                crow_indices,
+                col_indices,
+                pattern_indices,
+                *shared,
+                *rows,
+                grad_query,
+                scale,
+                *shapes.sizes,
+            ),
+            constants=constants,
+            options=options,
+        ),
+        Launch(
+            kernel=_grad_key_value_kernel,
+            programs=shapes.batch * shapes.kv_heads * triton.cdiv(shapes.keys, tile["BLOCK_N"]),
+            arguments=(*shapes.rows, *columns, *shared, *rows, grad_key, grad_value, scale, *shapes.sizes),
+            constants=constants,
+            options=options,
+        ),
+    )
+
+
+class _Shapes:
+    """What the launches of a call share."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, crow_indices: Tensor, patterns: Tensor) -> None:
+        self.batch, self.heads, self.queries, self.width = query.shape
+        _, self.kv_heads, self.keys, self.value_width = value.shape
+        _, self.block_rows, self.block_columns = patterns.shape
+        self.mask_heads = (crow_indices.numel() - 1) // triton.cdiv(self.queries, self.block_rows)
+        self.rows = tuple(t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+        strides = [stride for t in self.rows for stride in t.stride()[:3]]
+        self.sizes = (self.queries, self.keys, self.heads, self.heads // self.kv_heads, *strides)
+        self.constants: dict[str, int | str] = {
+            "D": self.width,
+            "E": self.value_width,
+            "BLOCK_D": max(triton.next_power_of_2(self.width), 16),
+            "BLOCK_E": max(triton.next_power_of_2(self.value_width), 16),
+            "ROWS": self.block_rows,
+            "COLUMNS": self.block_columns,
+            "PER_HEAD": self.mask_heads > 1,
+            "HAS_PATTERNS": patterns.shape[0] > 0,
+        }
+
+
+def _by_columns(
+    crow_indices: Tensor, col_indices: Tensor, pattern_indices: Tensor, shapes: _Shapes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask by block columns, as BlockMask has it by rows: (ccol_indices, row_indices, pattern_indices), int32."""
+    blocks, device = col_indices.numel(), col_indices.device
+    rows, columns = (crow_indices.numel() - 1) // shapes.mask_heads, triton.cdiv(shapes.keys, shapes.block_columns)
+    row = torch.arange(crow_indices.numel() - 1, device=device)
+    row = row.repeat_interleave(crow_indices.diff().long(), output_size=blocks)
+    column = row.div(rows, rounding_mode="floor") * columns + col_indices
+    order = column.argsort(stable=True)
+    starts = torch.zeros(shapes.mask_heads * columns + 1, dtype=torch.int32, device=device)
+    starts[1:] = torch.zeros_like(starts[1:]).scatter_add_(0, column, torch.ones_like(col_indices)).cumsum(0)
+    return starts, (row % rows)[order].to(torch.int32), pattern_indices[order]
+
+
+def _tile(shapes: _Shapes, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+    """Sides of a program's tile: powers of two that divide a block's and fit registers and 99 KiB of shared memory."""
+    widest = max(shapes.width, shapes.value_width)
+    if dtype == torch.float32:
+        m, n = (32, 32) if widest <= 64 else (16, 16)
+    elif backward:
+        m, n = (64, 64) if widest <= 64 else (32, 32)
+    else:
+        m, n = (128, 64) if widest <= 64 else (64, 32)
+    queries = max(triton.next_power_of_2(shapes.queries), 16)
+    return {
+        "BLOCK_M": min(m, shapes.block_rows & -shapes.block_rows, queries),
+        "BLOCK_N": min(n, shapes.block_columns & -shapes.block_columns),
+    }
+
+
+def _options(shapes: _Shapes, tile: dict[str, int], dtype: torch.dtype) -> dict[str, int | bool]:
+    wide = max(shapes.width, shapes.value_width) > 128 or tile["BLOCK_M"] > 64
+    return {
+        "num_warps": 8 if wide else 4,
+        "num_stages": 2,
+        "enable_fp_fusion": True,  # Triton 3.10 turns it off where it is not asked for
+    }
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pattern_indices: Tensor,
+    patterns: Tensor,
+    key_mask: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments of block_sparse_attention fit together."""
+    op, device = "block_sparse_attention", "cpu" if INTERPRETED else "cuda"
+    if query.dtype not in DTYPES:
+        raise TypeError(f"{op}: expected query of dtype float32, float16 or bfloat16, got {query.dtype}")
+    if query.device.type != device:
+        raise ValueError(f"{op}: expected query on {device}, got {query.device}")
+    named = {"key": key, "value": value, "patterns": patterns, "crow_indices": crow_indices}
+    named |= {"col_indices": col_indices, "pattern_indices": pattern_indices}
+    for name, tensor in {**named, **({} if key_mask is None else {"key_mask": key_mask})}.items():
+        floating = query.dtype if name in ("key", "value") else torch.bool
+        dtype = torch.int32 if name.endswith("indices") else floating
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: expected {name} of dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{op}: expected {name} on {query.device}, got {tensor.device}")
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise ValueError(f"{op}: expected query (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, E)")
+    (batch, heads, queries, width), (_, kv_heads, keys, _) = query.shape, key.shape
+    if key.shape != (batch, kv_heads, keys, width) or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"{op}: expected key and value beside {tuple(query.shape)}, got {tuple(key.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{op}: expected query heads in multiples of {kv_heads} key heads, got {heads}")
+    if not 0 < width <= MOST_WIDTH or not 0 < value.shape[3] <= MOST_WIDTH:
+        raise ValueError(f"{op}: expected widths from 1 to {MOST_WIDTH}, got {width} and {value.shape[3]}")
+    if patterns.dim() != 3 or any(side < 16 or side % 16 for side in patterns.shape[1:]):
+        raise ValueError(f"{op}: expected patterns (P, m, n), m and n multiples of 16, got {tuple(patterns.shape)}")
+    if not all(t.is_contiguous() for t in (crow_indices, col_indices, pattern_indices, patterns)):
+        raise ValueError(f"{op}: expected the tensors of a mask to be contiguous")
+    block_rows = triton.cdiv(queries, patterns.shape[1])
+    if crow_indices.shape not in ((block_rows + 1,), (heads * block_rows + 1,)):
+        raise ValueError(
+            f"{op}: expected crow_indices of {block_rows} block rows for 1 or {heads} heads, "
+            f"got shape {tuple(crow_indices.shape)}"
+        )
+    if key_mask is not None and key_mask.shape != (batch, keys):
+        raise ValueError(f"{op}: expected key_mask of shape {(batch, keys)}, got {tuple(key_mask.shape)}")
