@@ -50,6 +50,7 @@ bench: build
 	$(BIN)/python bench/nm_linear.py
 	$(BIN)/python bench/sparse_ffn.py
 	$(BIN)/python bench/dense_attention.py
+	$(BIN)/python bench/block_sparse_attention.py
 	$(BIN)/python bench/add_layer_norm.py
 	$(BIN)/python bench/embed_layer_norm.py
 	$(BIN)/python bench/decode.py

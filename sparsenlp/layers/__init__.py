@@ -1,8 +1,9 @@
 """nn.Modules: buffers plus one call of an op."""
 
+from .attention import SparseAttention
 from .embeddings import FusedEmbeddings
 from .encoder import SparseEncoder, SparseEncoderLayer
 from .linear import SparseLinear
 from .nm_linear import NMLinear
 
-__all__ = ["FusedEmbeddings", "NMLinear", "SparseEncoder", "SparseEncoderLayer", "SparseLinear"]
+__all__ = ["FusedEmbeddings", "NMLinear", "SparseAttention", "SparseEncoder", "SparseEncoderLayer", "SparseLinear"]
