@@ -227,13 +227,20 @@ def test_bench_of_norms(op, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("op", "dtypes", "baselines"),
+    ("op", "dtypes", "baselines", "expected", "within"),
     [
-        ("sparse_ffn", ["f32", "bf16", "int8"], {"torch", "two bsr_linear"}),
-        ("dense_attention", ["f32", "bf16"], {"torch", "compiled"}),
+        ("sparse_ffn", ["f32", "bf16", "int8"], {"torch", "two bsr_linear"}, 0.1 * 2 * 32 * 2 * 384 * 1536, 0.1),
+        ("dense_attention", ["f32", "bf16"], {"torch", "compiled"}, 4 * 12 * 32 * 32 * 32, 1e-3),
+        (
+            "block_sparse_attention",
+            ["f32", "bf16"],
+            {"torch", "torch, mask", "FlexAttention"},
+            15 * 4 * 12 * 64 * 64 * 64,
+            1e-3,
+        ),
     ],
 )
-def test_bench_of_layer_parts(op, dtypes, baselines, tmp_path):
+def test_bench_of_layer_parts(op, dtypes, baselines, expected, within, tmp_path):
     command = [sys.executable, str(BENCH / f"{op}.py"), "--quick", "--threads", "1", "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
@@ -241,8 +248,7 @@ def test_bench_of_layer_parts(op, dtypes, baselines, tmp_path):
     assert [row["dtype"] for row in rows] == dtypes
     for row in rows:
         operations = row["flops"] * row["seconds"][op]["median"]
-        dense = 4 * 12 * 32 * 32 * 32 if op == "dense_attention" else 0.1 * 2 * 32 * 2 * 384 * 1536
-        assert operations == pytest.approx(dense, rel=1e-3 if op == "dense_attention" else 0.1)
+        assert operations == pytest.approx(expected, rel=within)
         assert row["speedup"].keys() == baselines
         assert all(r["p20"] <= r["median"] <= r["p80"] for r in row["speedup"].values())
 

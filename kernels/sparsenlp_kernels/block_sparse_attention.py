@@ -1,13 +1,9 @@
-"""block_sparse_attention, forward and backward: compiled and simulated, not run on hardware.
+"""block_sparse_attention: compiled and simulated, not run on hardware. Gradients: block_sparse_attention_backward.py.
 
-_forward_kernel        a program: a tile of queries of one head, over the blocks of its block row
-_grad_query_kernel     the same tiles, once more over the same blocks
-_grad_key_value_kernel a program: a tile of keys of one key head, over the blocks of its block column, for all query
-                       heads that share it; nothing is added atomically, so results are the same every time
-
-Scores are in units of ln 2, for exp2. Where a block refers to a pattern, pairs outside it are masked; whole blocks load
-none. Products run on tensor cores for float16 and bfloat16, and on FMA for float32 (TF32 would miss the op's
-tolerance). Needs compute capability 8.0.
+A program computes a tile of queries of one head, over the blocks of its block row. Scores are in units of ln 2, for
+exp2. Where a block refers to a pattern, pairs outside it are masked; whole blocks load none. Products run on tensor
+cores for float16 and bfloat16, and on FMA for float32 (TF32 would miss the op's tolerance). Needs compute capability
+8.0 (cp.async and bfloat16 mma).
 
 Source: Dao 2023, arXiv:2307.08691; blocks after Child et al. 2019, arXiv:1904.10509.
 """
@@ -28,27 +24,44 @@ MOST_WIDTH = 256
 
 
 @triton.jit
-def _rows(x_ptr, row, count, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _places(row, count, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(offsets [rows, BLOCK] of the rows (int64) of a (count, WIDTH), which of them there are)"""
+    column = tl.arange(0, BLOCK)
+    inside = row[:, None] < count
+    if WIDTH < BLOCK:
+        inside = inside & (column[None, :] < WIDTH)
+    return row[:, None] * stride + column[None, :], inside
+
+
+@triton.jit
+def load_rows(x_ptr, row, count, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows `row` (int64) of x (count, WIDTH), [rows, BLOCK], zero beyond them."""
-    column = tl.arange(0, BLOCK)
-    inside = (row[:, None] < count) & (column[None, :] < WIDTH)
-    return tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    places, inside = _places(row, count, stride, WIDTH, BLOCK)
+    return tl.load(x_ptr + places, mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_rows(x_ptr, row, count, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_real_rows(x_ptr, row, count, stride, key_mask_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of keys or values, and zero at padding, which may hold NaN."""
+    places, inside = _places(row, count, stride, WIDTH, BLOCK)
+    if key_mask_ptr is not None:
+        inside = inside & (tl.load(key_mask_ptr + row, mask=row < count, other=0) != 0)[:, None]
+    return tl.load(x_ptr + places, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(x_ptr, row, count, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Store x [rows, BLOCK] as rows of a contiguous (count, WIDTH)."""
-    column = tl.arange(0, BLOCK)
-    inside = (row[:, None] < count) & (column[None, :] < WIDTH)
-    target = x_ptr + row[:, None] * WIDTH + column[None, :]
-    tl.store(target, tl.cast(x, x_ptr.dtype.element_ty), mask=inside)
+    places, inside = _places(row, count, WIDTH, WIDTH, BLOCK)
+    tl.store(x_ptr + places, tl.cast(x, x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _attends(
+def masked(
+    x,
+    other,
     query,
     key,
-    queries,
     keys,
     key_mask_ptr,
     patterns_ptr,
@@ -57,15 +70,19 @@ def _attends(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Which of the pairs of query and key attend, bool; one of the two is [n, 1], the other [1, m], both int64."""
-    keep = (query < queries) & (key < keys)
+    """x where a query attends to a key, else `other`; one of query and key is [n, 1], the other [1, m], both int64.
+
+    Queries beyond the last count as any: their rows of query and gradient are zero.
+    """
+    real = key < keys
     if key_mask_ptr is not None:
-        keep = keep & (tl.load(key_mask_ptr + key, mask=key < keys, other=0) != 0)
+        real = real & (tl.load(key_mask_ptr + key, mask=real, other=0) != 0)
+    x = tl.where(real, x, other)
     if HAS_PATTERNS:  # noqa: SIM102 (known when compiling, which the pattern is not)
         if pattern >= 0:
-            place = tl.cast(pattern, tl.int64) * (ROWS * COLUMNS) + query % ROWS * COLUMNS + key % COLUMNS
-            keep = keep & (tl.load(patterns_ptr + place, mask=keep, other=0) != 0)
-    return keep
+            place = tl.cast(pattern, tl.int64) * (ROWS * COLUMNS) + (query % ROWS * COLUMNS + key % COLUMNS)
+            x = tl.where(tl.load(patterns_ptr + place) != 0, x, other)
+    return x
 
 
 @triton.jit
@@ -83,8 +100,6 @@ def _forward_kernel(
     scale,
     queries,
     keys,
-    heads,
-    group,
     query_stride_b,
     query_stride_h,
     query_stride_l,
@@ -94,6 +109,8 @@ def _forward_kernel(
     value_stride_b,
     value_stride_h,
     value_stride_l,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -109,7 +126,7 @@ def _forward_kernel(
     tiles = tl.cdiv(queries, BLOCK_M)
     first = tl.program_id(0) % tiles * BLOCK_M
     batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    batch, head = batch_head // heads, batch_head % heads
+    batch, head = batch_head // HEADS, batch_head % HEADS
     row = tl.cast(first + tl.arange(0, BLOCK_M), tl.int64)  # [BM]
     mask_row = first // ROWS
     if PER_HEAD:
@@ -117,11 +134,11 @@ def _forward_kernel(
     start = tl.load(crow_ptr + mask_row)
     count = tl.load(crow_ptr + mask_row + 1) - start
     q_rows = query_ptr + batch * query_stride_b + head * query_stride_h
-    k_rows = key_ptr + batch * key_stride_b + head // group * key_stride_h
-    v_rows = value_ptr + batch * value_stride_b + head // group * value_stride_h
+    k_rows = key_ptr + batch * key_stride_b + head // GROUP * key_stride_h
+    v_rows = value_ptr + batch * value_stride_b + head // GROUP * value_stride_h
     if key_mask_ptr is not None:
         key_mask_ptr += batch * keys
-    q = _rows(q_rows, row, queries, query_stride_l, D, BLOCK_D)  # [BM, BD]
+    q = load_rows(q_rows, row, queries, query_stride_l, D, BLOCK_D)  # [BM, BD]
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -129,206 +146,34 @@ def _forward_kernel(
     for step in range(0, count * steps):
         p = start + step // steps
         key = tl.cast(tl.load(col_ptr + p), tl.int64) * COLUMNS + step % steps * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-        k = _rows(k_rows, key, keys, key_stride_l, D, BLOCK_D)  # [BN, BD]
+        k = load_rows(k_rows, key, keys, key_stride_l, D, BLOCK_D)  # [BN, BD]
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # [BM, BN]
-        pattern = tl.load(index_ptr + p)
-        keep = _attends(
-            row[:, None], key[None, :], queries, keys, key_mask_ptr, patterns_ptr, pattern, HAS_PATTERNS, ROWS, COLUMNS
+        s = masked(
+            s,
+            float("-inf"),
+            row[:, None],
+            key[None, :],
+            keys,
+            key_mask_ptr,
+            patterns_ptr,
+            tl.load(index_ptr + p),
+            HAS_PATTERNS,
+            ROWS,
+            COLUMNS,
         )
-        s = tl.where(keep, s, float("-inf"))
         before = largest
         largest = tl.maximum(largest, tl.max(s, axis=1))
         safe = tl.where(largest == float("-inf"), 0.0, largest)
         weight = tl.exp2(s - safe[:, None])  # [BM, BN]
         shrink = tl.exp2(before - safe)
         total = total * shrink + tl.sum(weight, axis=1)
-        v = _rows(v_rows, key, keys, value_stride_l, E, BLOCK_E)  # [BN, BE]
-        if key_mask_ptr is not None:  # padding may hold anything, and zero times NaN is NaN
-            real = tl.load(key_mask_ptr + key, mask=key < keys, other=0) != 0
-            v = tl.where(real[:, None], v, 0.0)
+        v = load_real_rows(v_rows, key, keys, value_stride_l, key_mask_ptr, E, BLOCK_E)  # [BN, BE]
         acc = tl.dot(tl.cast(weight, v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     empty = total == 0
     y = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     lse = tl.where(empty, float("-inf"), largest * 0.6931471805599453 + tl.log(total))
-    _store_rows(y_ptr + batch_head * queries * E, row, queries, y, E, BLOCK_E)
+    store_rows(y_ptr + batch_head * queries * E, row, queries, y, E, BLOCK_E)
     tl.store(lse_ptr + batch_head * queries + row, lse, mask=row < queries)
-
-
-@triton.jit
-def _grad_query_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    crow_ptr,
-    col_ptr,
-    index_ptr,
-    patterns_ptr,
-    key_mask_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_query_ptr,
-    scale,
-    queries,
-    keys,
-    heads,
-    group,
-    query_stride_b,
-    query_stride_h,
-    query_stride_l,
-    key_stride_b,
-    key_stride_h,
-    key_stride_l,
-    value_stride_b,
-    value_stride_h,
-    value_stride_l,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    HAS_PATTERNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """grad_query (B, H, Lq, D); it and grad (B, H, Lq, E) are contiguous."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    first = tl.program_id(0) % tiles * BLOCK_M
-    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    batch, head = batch_head // heads, batch_head % heads
-    row = tl.cast(first + tl.arange(0, BLOCK_M), tl.int64)  # [BM]
-    mask_row = first // ROWS
-    if PER_HEAD:
-        mask_row += head * tl.cdiv(queries, ROWS)
-    start = tl.load(crow_ptr + mask_row)
-    count = tl.load(crow_ptr + mask_row + 1) - start
-    k_rows = key_ptr + batch * key_stride_b + head // group * key_stride_h
-    v_rows = value_ptr + batch * value_stride_b + head // group * value_stride_h
-    if key_mask_ptr is not None:
-        key_mask_ptr += batch * keys
-    q_rows = query_ptr + batch * query_stride_b + head * query_stride_h
-    q = _rows(q_rows, row, queries, query_stride_l, D, BLOCK_D)  # [BM, BD]
-    g = _rows(grad_ptr + batch_head * queries * E, row, queries, E, E, BLOCK_E)  # [BM, BE]
-    lse = tl.load(lse_ptr + batch_head * queries + row, mask=row < queries, other=0.0) * 1.4426950408889634
-    delta = tl.load(delta_ptr + batch_head * queries + row, mask=row < queries, other=0.0)  # [BM]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    steps: tl.constexpr = COLUMNS // BLOCK_N
-    for step in range(0, count * steps):
-        p = start + step // steps
-        key = tl.cast(tl.load(col_ptr + p), tl.int64) * COLUMNS + step % steps * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-        k = _rows(k_rows, key, keys, key_stride_l, D, BLOCK_D)  # [BN, BD]
-        if key_mask_ptr is not None:
-            real = tl.load(key_mask_ptr + key, mask=key < keys, other=0) != 0
-            k = tl.where(real[:, None], k, 0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # [BM, BN]
-        pattern = tl.load(index_ptr + p)
-        keep = _attends(
-            row[:, None], key[None, :], queries, keys, key_mask_ptr, patterns_ptr, pattern, HAS_PATTERNS, ROWS, COLUMNS
-        )
-        v = _rows(v_rows, key, keys, value_stride_l, E, BLOCK_E)  # [BN, BE]
-        change = tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None]  # [BM, BN]
-        grad_s = tl.where(keep, tl.exp2(s - lse[:, None]) * change * scale, 0.0)
-        acc = tl.dot(tl.cast(grad_s, k.dtype), k, acc, input_precision="ieee")
-    _store_rows(grad_query_ptr + batch_head * queries * D, row, queries, acc, D, BLOCK_D)
-
-
-@triton.jit
-def _grad_key_value_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    ccol_ptr,
-    row_ptr,
-    index_ptr,
-    patterns_ptr,
-    key_mask_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_key_ptr,
-    grad_value_ptr,
-    scale,
-    queries,
-    keys,
-    heads,
-    group,
-    query_stride_b,
-    query_stride_h,
-    query_stride_l,
-    key_stride_b,
-    key_stride_h,
-    key_stride_l,
-    value_stride_b,
-    value_stride_h,
-    value_stride_l,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    HAS_PATTERNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """grad_key (B, Hkv, Lk, D) and grad_value (B, Hkv, Lk, E), contiguous; ccol, row: the mask by block columns."""
-    tiles = tl.cdiv(keys, BLOCK_N)
-    first = tl.program_id(0) % tiles * BLOCK_N
-    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    kv_heads = heads // group
-    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    key = tl.cast(first + tl.arange(0, BLOCK_N), tl.int64)  # [BN]
-    k_rows = key_ptr + batch * key_stride_b + kv_head * key_stride_h
-    v_rows = value_ptr + batch * value_stride_b + kv_head * value_stride_h
-    k = _rows(k_rows, key, keys, key_stride_l, D, BLOCK_D)  # [BN, BD]
-    v = _rows(v_rows, key, keys, value_stride_l, E, BLOCK_E)  # [BN, BE]
-    if key_mask_ptr is not None:
-        key_mask_ptr += batch * keys
-    grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    grad_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    steps: tl.constexpr = ROWS // BLOCK_M
-    for member in range(0, group):
-        head = kv_head * group + member
-        column = first // COLUMNS
-        if PER_HEAD:
-            column += head * tl.cdiv(keys, COLUMNS)
-        start = tl.load(ccol_ptr + column)
-        count = tl.load(ccol_ptr + column + 1) - start
-        q_rows = query_ptr + batch * query_stride_b + head * query_stride_h
-        rows = (batch * heads + head) * queries
-        for step in range(0, count * steps):
-            p = start + step // steps
-            row = (
-                tl.cast(tl.load(row_ptr + p), tl.int64) * ROWS + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
-            )  # [BM]
-            q = _rows(q_rows, row, queries, query_stride_l, D, BLOCK_D)  # [BM, BD]
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)  # [BN, BM]
-            lse = tl.load(lse_ptr + rows + row, mask=row < queries, other=0.0) * 1.4426950408889634  # [BM]
-            pattern = tl.load(index_ptr + p)
-            keep = _attends(
-                row[None, :],
-                key[:, None],
-                queries,
-                keys,
-                key_mask_ptr,
-                patterns_ptr,
-                pattern,
-                HAS_PATTERNS,
-                ROWS,
-                COLUMNS,
-            )
-            weight = tl.where(keep, tl.exp2(s - lse[None, :]), 0.0)  # [BN, BM]
-            g = _rows(grad_ptr + rows * E, row, queries, E, E, BLOCK_E)  # [BM, BE]
-            grad_v = tl.dot(tl.cast(weight, g.dtype), g, grad_v, input_precision="ieee")
-            delta = tl.load(delta_ptr + rows + row, mask=row < queries, other=0.0)  # [BM]
-            change = tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :]  # [BN, BM]
-            grad_s = tl.where(keep, weight * change * scale, 0.0)
-            grad_k = tl.dot(tl.cast(grad_s, q.dtype), q, grad_k, input_precision="ieee")
-    _store_rows(grad_key_ptr + batch_head * keys * D, key, keys, grad_k, D, BLOCK_D)
-    _store_rows(grad_value_ptr + batch_head * keys * E, key, keys, grad_v, E, BLOCK_E)
 
 
 def block_sparse_attention(
@@ -354,7 +199,7 @@ def block_sparse_attention(
     The content of the indices is trusted. Raises TypeError for a dtype, ValueError for a shape or a device that does
     not fit.
     """
-    _check(query, key, value, crow_indices, col_indices, pattern_indices, patterns, key_mask)
+    check(query, key, value, crow_indices, col_indices, pattern_indices, patterns, key_mask)
     y = query.new_empty(*query.shape[:3], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel():
@@ -362,37 +207,6 @@ def block_sparse_attention(
         with torch.cuda.device_of(query):
             plan(query, key, value, *mask, key_mask, scale, y, lse).run()
     return y, lse
-
-
-def block_sparse_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    pattern_indices: Tensor,
-    patterns: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value.
-
-    grad   (B, H, Lq, E)  of the context, in its dtype
-    lse    (B, H, Lq)     float32, as forward returned it
-    delta  (B, H, Lq)     float32, sum of grad * context over E, minus the gradient of lse
-    """
-    mask = (crow_indices, col_indices, pattern_indices, patterns)
-    _check(query, key, value, *mask, key_mask)
-    grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    if lse.numel() and key.shape[2]:
-        arguments = (grad.contiguous(), query, key, value, lse.contiguous(), delta.contiguous(), *mask, key_mask, scale)
-        with torch.cuda.device_of(query):
-            for launch in plan_backward(*arguments, *grads):
-                launch.run()
-    return grads
 
 
 def plan(
@@ -409,8 +223,8 @@ def plan(
     lse: Tensor,
 ) -> Launch:
     """The launch that fills y and lse, not empty, from arguments that are known to fit."""
-    shapes = _Shapes(query, key, value, crow_indices, patterns)
-    tile = _tile(shapes, query.dtype, backward=False)
+    shapes = Shapes(query, key, value, crow_indices, patterns)
+    tile = tile_of(shapes, query.dtype, backward=False)
     return Launch(
         kernel=_forward_kernel,
         programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, tile["BLOCK_M"]),
@@ -427,64 +241,11 @@ def plan(
             *shapes.sizes,
         ),
         constants={**shapes.constants, **tile},
-        options=_options(shapes, tile, query.dtype),
+        options=options_of(shapes, tile, query.dtype),
     )
 
 
-def plan_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    pattern_indices: Tensor,
-    patterns: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-) -> tuple[Launch, Launch]:
-    """The launches that fill the gradients of query, and of key and value, from arguments that are known to fit."""
-    shapes = _Shapes(query, key, value, crow_indices, patterns)
-    tile = _tile(shapes, query.dtype, backward=True)
-    columns = _by_columns(crow_indices, col_indices, pattern_indices, shapes)
-    shared = (patterns.view(torch.uint8), None if key_mask is None else key_mask.contiguous().view(torch.uint8))
-    options = _options(shapes, tile, query.dtype)
-    constants = {**shapes.constants, **tile}
-    rows = (grad, lse, delta)
-    return (
-        Launch(
-            kernel=_grad_query_kernel,
-            programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, tile["BLOCK_M"]),
-            arguments=(
-                *shapes.rows,
-                crow_indices,
-                col_indices,
-                pattern_indices,
-                *shared,
-                *rows,
-                grad_query,
-                scale,
-                *shapes.sizes,
-            ),
-            constants=constants,
-            options=options,
-        ),
-        Launch(
-            kernel=_grad_key_value_kernel,
-            programs=shapes.batch * shapes.kv_heads * triton.cdiv(shapes.keys, tile["BLOCK_N"]),
-            arguments=(*shapes.rows, *columns, *shared, *rows, grad_key, grad_value, scale, *shapes.sizes),
-            constants=constants,
-            options=options,
-        ),
-    )
-
-
-class _Shapes:
+class Shapes:
     """What the launches of a call share."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, crow_indices: Tensor, patterns: Tensor) -> None:
@@ -494,8 +255,10 @@ class _Shapes:
         self.mask_heads = (crow_indices.numel() - 1) // triton.cdiv(self.queries, self.block_rows)
         self.rows = tuple(t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
         strides = [stride for t in self.rows for stride in t.stride()[:3]]
-        self.sizes = (self.queries, self.keys, self.heads, self.heads // self.kv_heads, *strides)
+        self.sizes = (self.queries, self.keys, *strides)
         self.constants: dict[str, int | str] = {
+            "HEADS": self.heads,
+            "GROUP": self.heads // self.kv_heads,
             "D": self.width,
             "E": self.value_width,
             "BLOCK_D": max(triton.next_power_of_2(self.width), 16),
@@ -507,22 +270,7 @@ class _Shapes:
         }
 
 
-def _by_columns(
-    crow_indices: Tensor, col_indices: Tensor, pattern_indices: Tensor, shapes: _Shapes
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mask by block columns, as BlockMask has it by rows: (ccol_indices, row_indices, pattern_indices), int32."""
-    blocks, device = col_indices.numel(), col_indices.device
-    rows, columns = (crow_indices.numel() - 1) // shapes.mask_heads, triton.cdiv(shapes.keys, shapes.block_columns)
-    row = torch.arange(crow_indices.numel() - 1, device=device)
-    row = row.repeat_interleave(crow_indices.diff().long(), output_size=blocks)
-    column = row.div(rows, rounding_mode="floor") * columns + col_indices
-    order = column.argsort(stable=True)
-    starts = torch.zeros(shapes.mask_heads * columns + 1, dtype=torch.int32, device=device)
-    starts[1:] = torch.zeros_like(starts[1:]).scatter_add_(0, column, torch.ones_like(col_indices)).cumsum(0)
-    return starts, (row % rows)[order].to(torch.int32), pattern_indices[order]
-
-
-def _tile(shapes: _Shapes, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+def tile_of(shapes: Shapes, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Sides of a program's tile: powers of two that divide a block's and fit registers and 99 KiB of shared memory."""
     widest = max(shapes.width, shapes.value_width)
     if dtype == torch.float32:
@@ -538,7 +286,7 @@ def _tile(shapes: _Shapes, dtype: torch.dtype, backward: bool) -> dict[str, int]
     }
 
 
-def _options(shapes: _Shapes, tile: dict[str, int], dtype: torch.dtype) -> dict[str, int | bool]:
+def options_of(shapes: Shapes, tile: dict[str, int], dtype: torch.dtype) -> dict[str, int | bool]:
     wide = max(shapes.width, shapes.value_width) > 128 or tile["BLOCK_M"] > 64
     return {
         "num_warps": 8 if wide else 4,
@@ -547,7 +295,7 @@ def _options(shapes: _Shapes, tile: dict[str, int], dtype: torch.dtype) -> dict[
     }
 
 
-def _check(
+def check(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -130,8 +130,8 @@ def _why_no_triton() -> str:
     return ""
 
 
-def _kernels() -> ModuleType:
-    return importlib.import_module("sparsenlp_kernels.block_sparse_attention")
+def _kernels(direction: str = "") -> ModuleType:
+    return importlib.import_module(f"sparsenlp_kernels.block_sparse_attention{direction}")
 
 
 # The torch.library ops. They exist without the extension too (then they run the reference), so that exported
@@ -158,7 +158,7 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("sparsenlp::block_sparse_attention_backward", "cuda")
 def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels().block_sparse_attention_backward(*arguments)
+    return _kernels("_backward").block_sparse_attention_backward(*arguments)
 
 
 @torch.library.register_fake("sparsenlp::block_sparse_attention")

@@ -23,6 +23,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (its whee
 kernels = pytest.importorskip(
     "sparsenlp_kernels.block_sparse_attention", reason="the package sparsenlp_kernels is not installed"
 )
+backward = pytest.importorskip("sparsenlp_kernels.block_sparse_attention_backward")
 
 HALF = torch.float16
 SMALL = BlockSparseAttentionCase(37, batch=1)
@@ -45,7 +46,7 @@ def gradients(case: BlockSparseAttentionCase, outputs: tuple[Tensor, Tensor], ar
     """What the kernels give for the case's gradients of context and log-sum-exp."""
     (y, lse), (grad, grad_lse) = outputs, case.grad()
     delta = (grad.float() * y.float()).sum(3) - grad_lse
-    return kernels.block_sparse_attention_backward(grad, *arguments[:3], lse, delta, *arguments[3:])
+    return backward.block_sparse_attention_backward(grad, *arguments[:3], lse, delta, *arguments[3:])
 
 
 def other_layouts(case: BlockSparseAttentionCase) -> dict[str, tuple]:
