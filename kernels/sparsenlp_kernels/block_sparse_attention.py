@@ -224,7 +224,7 @@ def plan(
 ) -> Launch:
     """The launch that fills y and lse, not empty, from arguments that are known to fit."""
     shapes = Shapes(query, key, value, crow_indices, patterns)
-    tile = tile_of(shapes, query.dtype, backward=False)
+    tile = tile_of(shapes, *_sides(shapes, query.dtype))
     return Launch(
         kernel=_forward_kernel,
         programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, tile["BLOCK_M"]),
@@ -241,7 +241,7 @@ def plan(
             *shapes.sizes,
         ),
         constants={**shapes.constants, **tile},
-        options=options_of(shapes, tile, query.dtype),
+        options=options_of(shapes, tile),
     )
 
 
@@ -251,6 +251,7 @@ class Shapes:
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, crow_indices: Tensor, patterns: Tensor) -> None:
         self.batch, self.heads, self.queries, self.width = query.shape
         _, self.kv_heads, self.keys, self.value_width = value.shape
+        self.widest = max(self.width, self.value_width)
         _, self.block_rows, self.block_columns = patterns.shape
         self.mask_heads = (crow_indices.numel() - 1) // triton.cdiv(self.queries, self.block_rows)
         self.rows = tuple(t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
@@ -270,15 +271,8 @@ class Shapes:
         }
 
 
-def tile_of(shapes: Shapes, dtype: torch.dtype, backward: bool) -> dict[str, int]:
-    """Sides of a program's tile: powers of two that divide a block's and fit registers and 99 KiB of shared memory."""
-    widest = max(shapes.width, shapes.value_width)
-    if dtype == torch.float32:
-        m, n = (32, 32) if widest <= 64 else (16, 16)
-    elif backward:
-        m, n = (64, 64) if widest <= 64 else (32, 32)
-    else:
-        m, n = (128, 64) if widest <= 64 else (64, 32)
+def tile_of(shapes: Shapes, m: int, n: int) -> dict[str, int]:
+    """Sides of a program's tile, powers of two: at most m queries and n keys, and such that they divide a block's."""
     queries = max(triton.next_power_of_2(shapes.queries), 16)
     return {
         "BLOCK_M": min(m, shapes.block_rows & -shapes.block_rows, queries),
@@ -286,8 +280,15 @@ def tile_of(shapes: Shapes, dtype: torch.dtype, backward: bool) -> dict[str, int
     }
 
 
-def options_of(shapes: Shapes, tile: dict[str, int], dtype: torch.dtype) -> dict[str, int | bool]:
-    wide = max(shapes.width, shapes.value_width) > 128 or tile["BLOCK_M"] > 64
+def _sides(shapes: Shapes, dtype: torch.dtype) -> tuple[int, int]:
+    """The most queries and keys whose tile fits registers and 99 KiB of shared memory."""
+    if dtype == torch.float32:
+        return (32, 32) if shapes.widest <= 64 else (16, 16)
+    return (128, 64) if shapes.widest <= 64 else (64, 32)
+
+
+def options_of(shapes: Shapes, tile: dict[str, int]) -> dict[str, int | bool]:
+    wide = shapes.widest > 128 or tile["BLOCK_M"] > 64
     return {
         "num_warps": 8 if wide else 4,
         "num_stages": 2,

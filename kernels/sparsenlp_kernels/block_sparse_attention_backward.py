@@ -253,16 +253,15 @@ def plan_backward(
 ) -> tuple[Launch, Launch]:
     """The launches that fill the gradients of query, and of key and value, from arguments that are known to fit."""
     shapes = Shapes(query, key, value, crow_indices, patterns)
-    tile = tile_of(shapes, query.dtype, backward=True)
+    outer, inner = _sides(shapes, query.dtype)
+    by_rows, by_columns = tile_of(shapes, outer, inner), tile_of(shapes, inner, outer)
     columns = _by_columns(crow_indices, col_indices, pattern_indices, shapes)
     shared = (patterns.view(torch.uint8), None if key_mask is None else key_mask.contiguous().view(torch.uint8))
-    options = options_of(shapes, tile, query.dtype)
-    constants = {**shapes.constants, **tile}
     rows = (grad, lse, delta)
     return (
         Launch(
             kernel=_grad_query_kernel,
-            programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, tile["BLOCK_M"]),
+            programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, by_rows["BLOCK_M"]),
             arguments=(
                 *shapes.rows,
                 crow_indices,
@@ -274,17 +273,24 @@ def plan_backward(
                 scale,
                 *shapes.sizes,
             ),
-            constants=constants,
-            options=options,
+            constants={**shapes.constants, **by_rows},
+            options=options_of(shapes, by_rows),
         ),
         Launch(
             kernel=_grad_key_value_kernel,
-            programs=shapes.batch * shapes.kv_heads * triton.cdiv(shapes.keys, tile["BLOCK_N"]),
+            programs=shapes.batch * shapes.kv_heads * triton.cdiv(shapes.keys, by_columns["BLOCK_N"]),
             arguments=(*shapes.rows, *columns, *shared, *rows, grad_key, grad_value, scale, *shapes.sizes),
-            constants=constants,
-            options=options,
+            constants={**shapes.constants, **by_columns},
+            options=options_of(shapes, by_columns),
         ),
     )
+
+
+def _sides(shapes: Shapes, dtype: torch.dtype) -> tuple[int, int]:
+    """The most queries of a program and keys of its steps, or keys and queries, that fit registers."""
+    if dtype == torch.float32:
+        return (32, 32) if shapes.widest <= 64 else (16, 16)
+    return (64, 32) if shapes.widest <= 64 else (32, 32)
 
 
 def _by_columns(
