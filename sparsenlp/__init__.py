@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .convert import SparsifyConfig, sparsify_
 from .formats import BlockSparse
-from .layers import NMLinear, SparseLinear
+from .layers import NMLinear, SparseGRU, SparseLinear, SparseLSTM
 from .models import connect_transformers
 from .plan import Plan
 from .version import __version__
@@ -15,6 +15,8 @@ __all__ = [
     "CheckpointError",
     "NMLinear",
     "Plan",
+    "SparseGRU",
+    "SparseLSTM",
     "SparseLinear",
     "SparsifyConfig",
     "__version__",

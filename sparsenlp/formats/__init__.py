@@ -4,5 +4,6 @@ from .block import BlockSparse
 from .block_mask import BlockMask
 from .encoder import EncoderWeights, SparseProjection
 from .nm import NM
+from .recurrent import RecurrentWeights
 
-__all__ = ["NM", "BlockMask", "BlockSparse", "EncoderWeights", "SparseProjection"]
+__all__ = ["NM", "BlockMask", "BlockSparse", "EncoderWeights", "RecurrentWeights", "SparseProjection"]

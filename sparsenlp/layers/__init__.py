@@ -5,5 +5,16 @@ from .embeddings import FusedEmbeddings
 from .encoder import SparseEncoder, SparseEncoderLayer
 from .linear import SparseLinear
 from .nm_linear import NMLinear
+from .sparse_gru import SparseGRU
+from .sparse_lstm import SparseLSTM
 
-__all__ = ["FusedEmbeddings", "NMLinear", "SparseAttention", "SparseEncoder", "SparseEncoderLayer", "SparseLinear"]
+__all__ = [
+    "FusedEmbeddings",
+    "NMLinear",
+    "SparseAttention",
+    "SparseEncoder",
+    "SparseEncoderLayer",
+    "SparseGRU",
+    "SparseLSTM",
+    "SparseLinear",
+]

@@ -9,6 +9,8 @@ from .embed_layer_norm import embed_layer_norm
 from .encoder_layer import encoder_layer, encoder_pack, encoder_unpack
 from .nm_linear import nm_linear
 from .sparse_ffn import sparse_ffn
+from .sparse_gru import sparse_gru
+from .sparse_lstm import sparse_lstm
 
 __all__ = [
     "add_layer_norm",
@@ -23,4 +25,6 @@ __all__ = [
     "encoder_unpack",
     "nm_linear",
     "sparse_ffn",
+    "sparse_gru",
+    "sparse_lstm",
 ]
