@@ -48,6 +48,10 @@ static PyObject* kernels(PyObject*, PyObject*) {
 #include "cpu/embed_layer_norm/embed_layer_norm.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "decoder_layers." #dtype},
 #include "cpu/decoder_layers/decoder_layers.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "sparse_lstm." #dtype},
+#include "cpu/sparse_lstm/sparse_lstm.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "sparse_gru." #dtype},
+#include "cpu/sparse_gru/sparse_gru.inc"
   };
   PyObject* all = PyDict_New();
   for (auto& kernel : list) {

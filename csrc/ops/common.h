@@ -59,6 +59,23 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// Working memory, laid out as it is asked for; a first pass without memory finds the size.
+class Layout {
+ public:
+  explicit Layout(float* data) : data_(data) {}
+  // `words` 4-byte words, 64-byte aligned.
+  float* take(size_t words) {
+    float* taken = data_ ? data_ + used_ : nullptr;
+    used_ += (words + 15) / 16 * 16;
+    return taken;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  float* data_;
+  size_t used_ = 0;
+};
+
 // Whether this process was forked from one that may have started its thread pool: the pool's threads are
 // gone, and waiting for them would never end.
 inline bool was_forked() {

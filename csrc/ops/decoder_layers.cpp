@@ -58,23 +58,6 @@ void run_phases(Kernel* kernel, const Args& args, int64_t phases, int64_t parts,
   torch::stable::parallel_for(0, parts, 1, shares);
 }
 
-// Working memory, laid out as it is asked for; a first pass without memory finds the size.
-class Layout {
- public:
-  explicit Layout(float* data) : data_(data) {}
-  // `words` 4-byte words, 64-byte aligned.
-  float* take(size_t words) {
-    float* taken = data_ ? data_ + used_ : nullptr;
-    used_ += (words + 15) / 16 * 16;
-    return taken;
-  }
-  size_t used() const { return used_; }
-
- private:
-  float* data_;
-  size_t used_ = 0;
-};
-
 // The projections as their tensors: lists with one entry for each, in the order of the layers.
 struct Projections {
   const std::vector<Tensor>&crow, &col, &values, &biases, &scales;

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..formats.recurrent import RecurrentTensors, RecurrentWeights
 from ..reference import sparse_gru as reference
 from ..reference.recurrent import saved_dtype
@@ -89,8 +90,9 @@ torch.library.define(
 _op = torch.ops.sparsenlp.sparse_gru.default
 _backward_op = torch.ops.sparsenlp.sparse_gru_backward.default
 
-torch.library.impl("sparsenlp::sparse_gru", "cpu", reference.sparse_gru)
-torch.library.impl("sparsenlp::sparse_gru_backward", "cpu", reference.sparse_gru_backward)
+if not native.available:
+    torch.library.impl("sparsenlp::sparse_gru", "cpu", reference.sparse_gru)
+    torch.library.impl("sparsenlp::sparse_gru_backward", "cpu", reference.sparse_gru_backward)
 
 
 @torch.library.register_fake("sparsenlp::sparse_gru")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..formats.recurrent import RecurrentTensors, RecurrentWeights
 from ..reference import sparse_lstm as reference
 from ..reference.recurrent import saved_dtype
@@ -99,8 +100,9 @@ torch.library.define(
 _op = torch.ops.sparsenlp.sparse_lstm.default
 _backward_op = torch.ops.sparsenlp.sparse_lstm_backward.default
 
-torch.library.impl("sparsenlp::sparse_lstm", "cpu", reference.sparse_lstm)
-torch.library.impl("sparsenlp::sparse_lstm_backward", "cpu", reference.sparse_lstm_backward)
+if not native.available:
+    torch.library.impl("sparsenlp::sparse_lstm", "cpu", reference.sparse_lstm)
+    torch.library.impl("sparsenlp::sparse_lstm_backward", "cpu", reference.sparse_lstm_backward)
 
 
 @torch.library.register_fake("sparsenlp::sparse_lstm")
