@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..formats.recurrent import RecurrentTensors
+from ..ops.recurrent import batch_of
 from .linear import SparseLinear
 
 Own = TypeVar("Own", bound="SparseRecurrent")
@@ -200,7 +201,8 @@ class SparseRecurrent(nn.Module):
     def _forward_packed(self, x: PackedSequence, states: States | None) -> tuple[PackedSequence, States]:
         if states is not None:
             states = permuted(states, x.sorted_indices)
-        y, states = self._layers(x.data, x.batch_sizes, int(x.batch_sizes[0]), states)
+        batch = batch_of(self._kind, x.data, x.batch_sizes)
+        y, states = self._layers(x.data, x.batch_sizes, batch, states)
         return (
             PackedSequence(y, x.batch_sizes, x.sorted_indices, x.unsorted_indices),
             permuted(states, x.unsorted_indices),

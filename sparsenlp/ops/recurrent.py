@@ -27,15 +27,14 @@ def check_weights(op: str, weights: Sequence[RecurrentWeights], gates: int, x: T
     columns = x.shape[-1] if x.dim() else 0
     int8 = weights[0].input.scales is not None
     for d, own in enumerate(weights):
-        shapes = {"input": (gates * hidden, columns), "recurrent": (gates * hidden, size), "projection": (size, hidden)}
-        for name, shape in shapes.items():
-            matrix = getattr(own, name)
-            if matrix is None and projection is None:
-                continue
-            if matrix is None or matrix.shape != shape:
-                got = "None" if matrix is None else "{} x {}".format(*matrix.shape)
+        if (own.projection is None) != (projection is None):
+            raise ValueError(f"{op}: expected a projection in all directions, or in none")
+        shapes = ((gates * hidden, columns), (gates * hidden, size), (size, hidden))
+        for name, matrix, shape in zip(("input", "recurrent", "projection"), own.matrices, shapes, strict=False):
+            if matrix.shape != shape:
                 raise ValueError(
-                    f"{op}: expected {name} weights of {shape[0]} x {shape[1]}, got {got} in direction {d}"
+                    f"{op}: expected {name} weights of {shape[0]} x {shape[1]} in direction {d}, "
+                    f"got {matrix.shape[0]} x {matrix.shape[1]}"
                 )
             _check_matrix(op, matrix, name, x, int8)
         biases = {"bias_input": own.bias_input, "bias_recurrent": own.bias_recurrent}

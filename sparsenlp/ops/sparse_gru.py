@@ -68,7 +68,8 @@ def call(
     if grad:
         check_gradients("sparse_gru", tensors.scales, x, h0, *tensors.biases)
     if choose("sparse_gru", x, backend) == "reference":
-        return reference.sparse_gru(x, batch_sizes, *tensors, h0, reverse)[:2]
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return reference.sparse_gru(x, batch_sizes, *tensors, h0, reverse)[:2]
     if grad or torch.compiler.is_compiling():
         needed = any(t.requires_grad for t in (x, h0, *tensors.values, *tensors.biases))
         return _op(x, batch_sizes, *tensors, h0, reverse, grad and needed)[:2]

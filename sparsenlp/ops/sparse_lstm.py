@@ -78,7 +78,8 @@ def call(
     if grad:
         check_gradients("sparse_lstm", tensors.scales, x, h0, c0, *tensors.biases)
     if choose("sparse_lstm", x, backend) == "reference":
-        return reference.sparse_lstm(x, batch_sizes, *tensors, h0, c0, reverse)[:3]
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return reference.sparse_lstm(x, batch_sizes, *tensors, h0, c0, reverse)[:3]
     if grad or torch.compiler.is_compiling():
         needed = any(t.requires_grad for t in (x, h0, c0, *tensors.values, *tensors.biases))
         return _op(x, batch_sizes, *tensors, h0, c0, reverse, grad and needed)[:3]

@@ -50,7 +50,7 @@ def sparse_gru(
         hs.append(h)
         if save:
             all_gates.append(in_order(gates, steps))
-    y = torch.cat(ys, dim=-1).reshape(*x.shape[:-1], -1)
+    y = torch.cat(ys, dim=-1).reshape(*x.shape[:-1], directions * h0.shape[-1])
     dtype = saved_dtype(x.dtype)
     return y, torch.stack(hs), torch.stack(all_gates).to(dtype) if save else x.new_empty(0, dtype=dtype)
 

@@ -57,7 +57,7 @@ def sparse_lstm(
         if save:
             all_gates.append(in_order(gates, steps))
             all_cells.append(in_order(cells, steps))
-    y = torch.cat(ys, dim=-1).reshape(*x.shape[:-1], -1)
+    y = torch.cat(ys, dim=-1).reshape(*x.shape[:-1], directions * h0.shape[-1])
     states = (torch.stack(hs), torch.stack(cs))
     dtype = saved_dtype(x.dtype)
     if not save:
