@@ -6,14 +6,10 @@
 #pragma once
 
 #include "../cpu/bsr_linear/bsr_linear.h"
-#include "common.h"
+#include "parts.h"
 
-#include <sched.h>
-
-#include <algorithm>
 #include <cstring>
 #include <deque>
-#include <numeric>
 
 #define FORWARD(isa, dtype, suffix) BsrLinearKernel bsr_linear_##dtype##_##suffix;
 #define GRAD(isa, dtype, suffix) BsrLinearGradKernel bsr_linear_dgrad_##dtype##_##suffix;
@@ -190,8 +186,8 @@ struct Matrices {
     a.values = blocks.data_ptr();
     a.half = dtype == bf16;
     if (quantized) {
-      STD_TORCH_CHECK(a.k % 4 == 0 && K <= kInt8Columns, op, ": expected int8 blocks with k a multiple of 4 and at most ",
-                      kInt8Columns, " columns, got ", a.k, " and ", K);
+      STD_TORCH_CHECK(a.k % 4 == 0 && K <= kInt8Columns, op, ": expected int8 blocks with k a multiple of 4 and at ",
+                      "most ", kInt8Columns, " columns, got ", a.k, " and ", K);
       STD_TORCH_CHECK(scales[at].scalar_type() == ScalarType::Float && scales[at].dim() == 1 &&
                           scales[at].size(0) == N && scales[at].is_contiguous(),
                       op, ": expected contiguous float32 scales of shape (", N, ")");
@@ -270,77 +266,6 @@ inline std::vector<Phase> phases_of(const Steps& steps, int64_t columns, bool pr
   return phases;
 }
 
-// The threads of one direction. A part stays with one thread, which keeps its weights in that core's cache. Where
-// another process has the core, a thread that waits does the missing part: any number of threads, one included, gets
-// through.
-class Parts {
- public:
-  explicit Parts(int64_t count) : next_(count) {}
-  int64_t count() const { return static_cast<int64_t>(next_.size()); }
-
-  // All phases, as the thread of the parts [begin, end).
-  template <class Work>
-  void run(int64_t phases, int64_t begin, int64_t end, const Work& work) {
-    for (int64_t phase = 0; phase < phases; phase++) {
-      take(phase, begin, end, work);
-      constexpr int kSpins = 4000;
-      for (int spins = 0; finished_.load(std::memory_order_acquire) < (phase + 1) * count(); spins++) {
-        if (spins < kSpins) {
-#if defined(__x86_64__)
-          __builtin_ia32_pause();
-#endif
-          continue;
-        }
-        spins = 0;
-        if (!take(phase, 0, count(), work)) sched_yield();
-      }
-    }
-  }
-
- private:
-  struct alignas(64) Next {
-    std::atomic<int64_t> phase{0};
-  };
-
-  template <class Work>
-  bool take(int64_t phase, int64_t begin, int64_t end, const Work& work) {
-    bool any = false;
-    for (int64_t part = begin; part < end; part++) {
-      int64_t expected = phase;
-      if (!next_[part].phase.compare_exchange_strong(expected, phase + 1, std::memory_order_acq_rel)) continue;
-      work(phase, part);
-      finished_.fetch_add(1, std::memory_order_release);
-      any = true;
-    }
-    return any;
-  }
-
-  std::vector<Next> next_;
-  alignas(64) std::atomic<int64_t> finished_{0};
-};
-
-// Threads for each direction: at most as many as there are, and none for less work than a thread is worth.
-inline int64_t parts_of(int64_t directions, int64_t work) {
-  constexpr int64_t kWorkPerThread = 1 << 15;
-  const int64_t threads = was_forked() ? 1 : torch::stable::get_num_threads();
-  return std::max<int64_t>(1, std::min(threads / directions, work / kWorkPerThread));
-}
-
-// run(direction, begin, end) for all parts of all directions, on this thread alone if there is little work in all.
-template <class Run>
-void over_directions(int64_t directions, int64_t parts, int64_t work, const Run& run) {
-  constexpr int64_t kWorkPerThread = 1 << 15;
-  const auto share = [&](int64_t begin, int64_t end) {
-    for (int64_t d = 0; d < directions; d++) {
-      const int64_t first = std::max(begin - d * parts, int64_t{0}), last = std::min(end - d * parts, parts);
-      if (first < last) run(d, first, last);
-    }
-  };
-  const int64_t all = directions * parts;
-  if (all == 1 || was_forked() || torch::stable::get_num_threads() == 1 || work < all * kWorkPerThread) return share(0, all);
-  torch::stable::parallel_for(0, all, 1, share);
-}
-
 // One direction of the forward pass.
 struct Direction {
   BsrLinear input, recurrent, projection;  // N of the projection is 0 where there is none
@@ -398,7 +323,9 @@ struct Forward {
     float* working = nullptr;
     const auto lay_out = [&](Layout memory) {
       for (Direction& d : directions) {
-        const auto take = [&](int64_t elements) { return reinterpret_cast<char*>(memory.take((elements * item + 3) / 4)); };
+        const auto take = [&](int64_t elements) {
+          return reinterpret_cast<char*>(memory.take((elements * item + 3) / 4));
+        };
         d.inputs = take(chunk * gates * H);
         for (char*& h : d.h) h = take(steps.batch * P);
         d.hidden = projected ? take(steps.batch * H) : nullptr;
@@ -420,7 +347,8 @@ struct Forward {
     });
   }
 
-  void run_phase(const Direction& d, const Phase& phase, int64_t part, int64_t parts, float* scratch, char* sums) const {
+  void run_phase(
+      const Direction& d, const Phase& phase, int64_t part, int64_t parts, float* scratch, char* sums) const {
     const int64_t item = bytes_of(dtype);
     const int64_t one = steps.at(phase.first, d.reverse), other = steps.at(phase.last - 1, d.reverse);
     const int64_t low = std::min(one, other), high = std::max(one, other);
@@ -516,7 +444,8 @@ struct Backward {
     constexpr int64_t kSequences = 16;  // that bsr_linear_dgrad takes together
     const int64_t tiles = (steps.batch + kSequences - 1) / kSequences;
     const BsrLinearGrad& first = recurrent[0];
-    const int64_t work = directions * steps.tokens * (int64_t{first.crow[first.N / first.n]} * first.n * first.k + first.N);
+    const int64_t weights = int64_t{first.crow[first.N / first.n]} * first.n * first.k;
+    const int64_t work = directions * steps.tokens * (weights + first.N);
     const int64_t parts = std::min(tiles, parts_of(directions, work));
     size_t words = 0;
     for (const std::vector<BsrLinearGrad>* list : {&recurrent, &projection})
@@ -536,7 +465,10 @@ struct Backward {
       const bool backwards = reverse != (d == 1);
       for (int64_t index = steps.count(); index-- > 0;) {
         const int64_t now = steps.at(index, backwards), before = index ? steps.at(index - 1, backwards) : now;
-        BackwardStep at{d, low, std::min(steps.size[now], high) - low, steps.start[now] + low, steps.start[before] + low, 0};
+        BackwardStep at{d, low};
+        at.M = std::min(steps.size[now], high) - low;
+        at.token = steps.start[now] + low;
+        at.token_before = steps.start[before] + low;
         if (at.M <= 0) continue;
         if (index) at.known = std::max<int64_t>(0, std::min(at.M, steps.size[before] - low));
         step(at, reinterpret_cast<char*>(scratch + words), dgrad);

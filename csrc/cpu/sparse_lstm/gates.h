@@ -7,7 +7,7 @@ namespace {
 
 SNLP_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-// tanh(x) to 4 ulp: x P(x^2) / Q(x^2) on [-7.9, 7.9] (Eigen's rational fit), where it is 1 in float; NaN passes through.
+// tanh(x) to 4 ulp: x P(x^2) / Q(x^2) on [-7.9, 7.9] (Eigen's rational fit), beyond which it is 1; NaN passes through.
 SNLP_INLINE Vec tanh(Vec x) {
   const Vec c = min(max(x, splat(-7.90531111f)), splat(7.90531111f)), s = c * c;
   Vec p = splat(-2.76076847742355e-16f);
