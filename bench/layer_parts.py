@@ -65,7 +65,7 @@ def show(op: str, shapes: dict[Shape, str], results: list[dict]) -> None:
     for title in titles:
         table.add_column(title, justify="right")
     for result in results:
-        ratios = (result["speedup"][name] for name in baselines)
+        ratios = (result["speedup"].get(name) for name in baselines)
         table.add_row(
             str(result["threads"]),
             shapes[tuple(result["shape"])],
@@ -73,6 +73,6 @@ def show(op: str, shapes: dict[Shape, str], results: list[dict]) -> None:
             f"{result['seconds'][op]['median'] * 1e6:.1f}",
             f"{result['flops'] / 1e9:.0f}",
             f"{result['share_of_peak']:.0%}" if result["share_of_peak"] else "",
-            *(f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" for r in ratios),
+            *(f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" if r else "" for r in ratios),
         )
     console.print(table)
