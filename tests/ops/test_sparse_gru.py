@@ -8,6 +8,7 @@ from recurrent_cases import GRAD_TOLERANCES, SPARSE_GRU, THREADED, RecurrentCase
 
 from sparsenlp import native
 from sparsenlp.formats.recurrent import RecurrentTensors
+from sparsenlp.ops import sparse_gru
 
 CASE = RecurrentCase("sparse_gru")
 PACKED = replace(CASE, lengths=(4, 2))
@@ -127,7 +128,7 @@ def test_compile_fullgraph():
     weights, inputs = CASE.weights(), CASE.inputs()
 
     def f(x):
-        y, h_n = CASE.run(weights=weights, x=x * 2, state=inputs["state"])
+        y, h_n = sparse_gru(x * 2, weights, inputs["state"])
         return y + 1, h_n * 2
 
     with torch.no_grad():

@@ -8,6 +8,7 @@ from recurrent_cases import GRAD_TOLERANCES, SPARSE_LSTM, THREADED, RecurrentCas
 
 from sparsenlp import native
 from sparsenlp.formats.recurrent import RecurrentTensors
+from sparsenlp.ops import sparse_lstm
 
 CASE = RecurrentCase()
 PACKED = replace(CASE, lengths=(4, 2))
@@ -129,7 +130,7 @@ def test_compile_fullgraph():
     weights, inputs = CASE.weights(), CASE.inputs()
 
     def f(x):
-        y, _, c_n = CASE.run(weights=weights, x=x * 2, state=inputs["state"])
+        y, (_, c_n) = sparse_lstm(x * 2, weights, inputs["state"])
         return y + 1, c_n
 
     with torch.no_grad():
