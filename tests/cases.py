@@ -75,13 +75,15 @@ class BsrLinearCase:
     dtype: torch.dtype = torch.float32
     int8: bool = False
     empty_rows: bool = False
+    uneven: bool = False  # rows from full ones to empty ones, whatever the density
     seed: int = 0
 
     def __str__(self) -> str:
         tokens = "x".join(map(str, self.tokens)) or "vector"
         parts = [tokens, f"{self.rows}x{self.columns}", "b" + "x".join(map(str, self.block)), f"d{self.density:g}"]
         parts += [self.activation] * (self.activation != "none") + ["nobias"] * (not self.bias)
-        parts += ["residual"] * self.residual + ["emptyrows"] * self.empty_rows + ["int8"] * self.int8
+        parts += ["residual"] * self.residual + ["emptyrows"] * self.empty_rows + ["uneven"] * self.uneven
+        parts += ["int8"] * self.int8
         parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float32)
         return "-".join(parts)
 
@@ -97,7 +99,8 @@ class BsrLinearCase:
         """Random blocks scaled so that a row's dot product has about unit variance."""
         n, k = self.block
         generator = torch.Generator().manual_seed(self.seed)
-        keep = torch.rand(self.rows // n, self.columns // k, generator=generator) < self.density
+        density = torch.linspace(1, 0, self.rows // n)[:, None] if self.uneven else self.density
+        keep = torch.rand(self.rows // n, self.columns // k, generator=generator) < density
         if self.empty_rows:
             keep[::2] = False
         mask = keep.repeat_interleave(n, 0).repeat_interleave(k, 1)
