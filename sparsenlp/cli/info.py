@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import native, native_cuda
+from .. import native, native_cuda, triton_kernels
 from ..measure import machine
 from ..ops.bsr_linear import BACKENDS
 from .console import print_json, say
@@ -54,13 +54,17 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead o
 
 def collect() -> dict[str, Any]:
     """The same as JSON data; transformers is not imported."""
-    triton = "not chosen: compiled and simulated, not run on hardware" if _installed("triton") else "not installed"
+    reason = triton_kernels.why_unavailable()
+    runs = f"{', '.join((*DTYPES.values(), 'float16'))} on a GPU; compiled and simulated, not run on hardware"
     cuda = (
         "2:4 weights of float16, bfloat16 and int8, on GPUs from sm_80; compiled and simulated, not run on hardware"
         if native_cuda.available
         else f"unavailable: {native_cuda.why_unavailable}"
     )
-    others = {"bsr_linear": {"triton": triton}, "nm_linear": {"cuda": cuda}}
+    others = {
+        "bsr_linear": {"triton": f"unavailable: {reason}" if reason else runs},
+        "nm_linear": {"cuda": cuda},
+    }
     return {
         "machine": machine(),
         "isas": native.isas(),

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, triton_kernels
 from ..formats import BlockSparse
 from ..reference import bsr_linear as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("native", "reference")
+LINEAR_BACKENDS = ("native", "triton", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DENSE_DENSITY = 0.5
+"""Share of stored values above which a GPU multiplies by the dense matrix instead. Not measured."""
 
 
 def bsr_linear(
@@ -34,8 +37,8 @@ def bsr_linear(
     activation   "none", "relu", "gelu" (exact, by erf) or "gelu_tanh"
     residual     (..., N)    dtype of x
     input_scale  int8 only: the scale that rounds x to int8; None finds one for each token, max |x| / 127
-    backend      None chooses: "native" for float32 and bfloat16 x on a CPU where the extension is built,
-                 else "reference". A named backend runs or raises RuntimeError.
+    backend      "native", "triton", "reference", or None for what `choose_backend` says.
+                 A named backend runs or raises RuntimeError.
     returns      (..., N)    dtype of x; sums are kept in float32, for int8 in int32
 
     With int8 weights an output differs from the float result by at most, with s_x and s_w the scales of
@@ -77,7 +80,7 @@ def bsr_linear_add_(
             f"got {tuple(y.shape)} and {y.dtype}"
         )
     tensors = (weight.crow_indices, weight.col_indices, weight.values)
-    if _choose(x, weight.values, None) == "reference":
+    if choose_backend(x, *tensors) == "reference":
         return y.copy_(reference.bsr_linear(x, *tensors, bias, activation, y, weight.scales, input_scale or 0.0))
     _add_op(y, x, *tensors, bias, activation, weight.scales, input_scale or 0.0)
     return y
@@ -106,7 +109,7 @@ def call(
     if residual is not None:
         check_residual("bsr_linear", residual, x, (crow_indices.shape[0] - 1) * values.shape[1])
     scale = input_scale or 0.0
-    if _choose(x, values, backend) == "reference":
+    if choose_backend(x, crow_indices, col_indices, values, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -155,20 +158,34 @@ def check_residual(op: str, residual: Tensor, x: Tensor, rows: int) -> None:
         )
 
 
-def _choose(x: Tensor, values: Tensor, backend: str | None) -> str:
-    """The backend that will run, or RuntimeError if the one asked for cannot."""
-    runs = x.dtype in NATIVE_DTYPES and x.is_cpu
+def choose_backend(
+    x: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, backend: str | None = None
+) -> str:
+    """The backend that will run, or RuntimeError if the one asked for cannot.
+
+    On a CPU "native" for float32 and bfloat16, where the extension is built. On a GPU "triton" for float32, float16
+    and bfloat16, unless a weight that is not int8 stores more than GPU_DENSE_DENSITY of its values; where Triton
+    cannot run there, the op raises. Otherwise "reference", which builds the dense matrix.
+    """
+    on_cpu, on_gpu = x.is_cpu and x.dtype in NATIVE_DTYPES, x.is_cuda and x.dtype in triton_kernels.DTYPES
     if backend is None:
-        return "native" if native.available and runs else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"bsr_linear: expected a backend among {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "native":
-        if not native.available:
-            raise RuntimeError(f"bsr_linear: backend 'native' cannot run: {native.why_unavailable}")
-        if not runs:
+        if on_gpu:
+            total = (crow_indices.shape[0] - 1) * values.shape[1] * x.shape[-1]
+            dense = values.dtype != torch.int8 and values.numel() > GPU_DENSE_DENSITY * total
+            return "reference" if dense else "triton"
+        return "native" if native.available and on_cpu else "reference"
+    if backend not in LINEAR_BACKENDS:
+        raise ValueError(f"bsr_linear: expected a backend among {', '.join(LINEAR_BACKENDS)}, got {backend!r}")
+    if backend == "native" and not native.available:
+        raise RuntimeError(f"bsr_linear: backend 'native' cannot run: {native.why_unavailable}")
+    for name, runs, needs in (
+        ("native", on_cpu, "float32 or bfloat16 on cpu"),
+        ("triton", on_gpu, "float32, float16 or bfloat16 on cuda"),
+    ):
+        if backend == name and not runs:
             raise RuntimeError(
-                f"bsr_linear: backend 'native' cannot run: expected float32 or bfloat16 on cpu, "
-                f"got {x.dtype} on {x.device}"
+                f"bsr_linear: backend {name!r} cannot run: expected {needs}, "
+                f"got {x.dtype} on {x.device} of shape {tuple(x.shape)}"
             )
     return backend
 
@@ -211,6 +228,42 @@ if not native.available:
     torch.library.impl("sparsenlp::bsr_linear_add_", "cpu", _reference_add_)
     torch.library.impl("sparsenlp::bsr_linear_dgrad", "cpu", reference.bsr_linear_dgrad)
     torch.library.impl("sparsenlp::bsr_linear_wgrad", "cpu", reference.bsr_linear_wgrad)
+
+
+def _triton(x: Tensor, *rest: Any) -> Tensor:
+    return triton_kernels.load("bsr_linear", x).bsr_linear(x, *rest)
+
+
+def _triton_add_(
+    y: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    scales: Tensor | None = None,
+    input_scale: float = 0.0,
+) -> None:
+    kernels = triton_kernels.load("bsr_linear", x)
+    kernels.bsr_linear(x, crow_indices, col_indices, values, bias, activation, y, scales, input_scale, y)
+
+
+def _triton_dgrad(grad: Tensor, *rest: Any) -> Tensor:
+    return triton_kernels.load("bsr_linear", grad).bsr_linear_dgrad(grad, *rest)
+
+
+def _triton_wgrad(grad: Tensor, *rest: Any) -> Tensor:
+    return triton_kernels.load("bsr_linear", grad).bsr_linear_wgrad(grad, *rest)
+
+
+torch.library.impl("sparsenlp::bsr_linear_add_", "cuda", _triton_add_)
+for _name, _function in (
+    ("bsr_linear", _triton),
+    ("bsr_linear_dgrad", _triton_dgrad),
+    ("bsr_linear_wgrad", _triton_wgrad),
+):
+    triton_kernels.register(_name, _function)
 
 
 @torch.library.register_fake("sparsenlp::bsr_linear")

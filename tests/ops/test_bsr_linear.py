@@ -311,7 +311,7 @@ def test_compile_fullgraph():
         ({"weight": INT8.weight(), "input_scale": 0.0}, ValueError, "positive, finite input_scale"),
         ({"weight": INT8.weight(), "input_scale": math.nan}, ValueError, "positive, finite input_scale"),
         ({"activation": "swish"}, ValueError, "expected an activation among none, relu, gelu, gelu_tanh, got 'swish'"),
-        ({"backend": "cudnn"}, ValueError, "expected a backend among native, reference, got 'cudnn'"),
+        ({"backend": "cudnn"}, ValueError, "expected a backend among native, triton, reference, got 'cudnn'"),
     ],
 )
 def test_errors(change, error, message):
