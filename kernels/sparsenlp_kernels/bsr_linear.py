@@ -83,8 +83,8 @@ def plan(
     bias, residual, scales = (t.contiguous() if t is not None else None for t in (bias, residual, scales))
     launches, x_scale = [], None
     if scales is not None:
-        tokens_last = gathers(rows.shape[0], *values.shape[1:], values.dtype, device)
-        rows, x_scale, quantize = plan_quantize(rows, input_scale, tokens_last)
+        _, n, k = values.shape
+        rows, x_scale, quantize = plan_quantize(rows, input_scale, gathers(rows.shape[0], n, k, values.dtype, device))
         launches.append(quantize)
     epilogue = Epilogue(bias, residual, x_scale, scales, activation)
     pattern = Pattern(crow_indices, col_indices)

@@ -71,8 +71,9 @@ def plan_quantize(rows: Tensor, input_scale: float, tokens_last: bool) -> tuple[
     tokens_last  lay the int8 rows out with tokens contiguous, for a kernel that gathers columns
     """
     tokens, columns = rows.shape
-    like = {"dtype": torch.int8, "device": rows.device}
-    rounded = torch.empty(columns, tokens, **like).t() if tokens_last else torch.empty(tokens, columns, **like)
+    shape = (columns, tokens) if tokens_last else (tokens, columns)
+    rounded = torch.empty(shape, dtype=torch.int8, device=rows.device)
+    rounded = rounded.t() if tokens_last else rounded
     scale = torch.empty(tokens, dtype=torch.float32, device=rows.device)
     sides = {"BLOCK_M": 32, "BLOCK_K": 64} if tokens_last else {"BLOCK_M": 1, "BLOCK_K": 1024}
     launch = Launch(
