@@ -22,7 +22,8 @@ from .launch import INTERPRETED, Device, Launch, run
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INT32_END = 2**31
+COUNTABLE = 2**30
+"""Sizes below this, and their sums, are counted in 32 bits; addresses have 64."""
 INT8_UNIT = 4
 
 
@@ -184,11 +185,19 @@ def _check_pattern(
         raise ValueError(f"{op}: expected 1-D contiguous crow_indices, got shape {tuple(crow_indices.shape)}")
     if col_indices.dim() != 1 or not col_indices.is_contiguous():
         raise ValueError(f"{op}: expected 1-D contiguous col_indices, got shape {tuple(col_indices.shape)}")
-    rows, tokens = (crow_indices.shape[0] - 1) * n, math.prod(x.shape[:-1])
-    for what, size in (("rows", rows), ("columns", columns), ("tokens", tokens), ("tiles", tokens * rows // 16**2)):
-        if size >= INT32_END // 2:
+    block_rows, tokens = crow_indices.shape[0] - 1, math.prod(x.shape[:-1])
+    sizes = {
+        "rows": block_rows * n,
+        "columns": columns,
+        "tokens": tokens,
+        "stored blocks": col_indices.shape[0],
+        "tiles of 16 tokens and 8 rows": tokens // 16 * block_rows * ((n + 7) // 8),
+    }
+    for what, size in sizes.items():
+        if size >= COUNTABLE:
             raise ValueError(
-                f"{op}: expected fewer than {INT32_END // 2} {what}, got {size}; split {name} of shape {tuple(x.shape)}"
+                f"{op}: expected fewer than {COUNTABLE} {what}, got {size}; split {name} of shape {tuple(x.shape)} "
+                "or the weight"
             )
 
 
