@@ -11,38 +11,79 @@ KIB = 1024
 # kernel: {target: (registers, shared bytes)}
 BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
     "bsr_linear blocks float16": {
-        "sm_80": (184, 65 * KIB),
-        "sm_90": (112, 97 * KIB),
+        "sm_80": (192, 65 * KIB),
+        "sm_90": (120, 97 * KIB),
         "sm_100": (104, 97 * KIB),
+        "gfx942": (112, 32 * KIB),
     },
     "bsr_linear blocks bfloat16": {
         "sm_80": (208, 49 * KIB),
         "sm_90": (160, 73 * KIB),
-        "sm_100": (160, 73 * KIB),
+        "sm_100": (168, 73 * KIB),
+        "gfx942": (112, 24 * KIB),
     },
     "bsr_linear blocks float32": {
         "sm_80": (168, 33 * KIB),
-        "sm_90": (128, 33 * KIB),
+        "sm_90": (152, 33 * KIB),
         "sm_100": (128, 33 * KIB),
     },
-    "bsr_linear one token float16": {
-        "sm_80": (48, 7 * KIB),
-        "sm_90": (40, 7 * KIB),
-        "sm_100": (40, 7 * KIB),
+    "bsr_linear blocks int8": {
+        "sm_80": (256, 25 * KIB),
+        "sm_90": (128, 37 * KIB),
+        "sm_100": (136, 37 * KIB),
+        "gfx942": (88, 12 * KIB),
     },
     "bsr_linear columns float16": {
-        "sm_80": (56, 18 * KIB),
+        "sm_80": (64, 18 * KIB),
         "sm_90": (48, 26 * KIB),
         "sm_100": (32, 26 * KIB),
-    },
-    "bsr_linear columns bfloat16": {
-        "sm_80": (120, 21 * KIB),
-        "sm_90": (80, 31 * KIB),
-        "sm_100": (80, 31 * KIB),
+        "gfx942": (56, 9 * KIB),
     },
     "bsr_linear columns float32": {
         "sm_80": (40, 19 * KIB),
         "sm_90": (48, 19 * KIB),
         "sm_100": (48, 19 * KIB),
+    },
+    "bsr_linear columns int8": {
+        "sm_80": (72, 9 * KIB),
+        "sm_90": (72, 5 * KIB),
+        "sm_100": (72, 13 * KIB),
+        "gfx942": (56, 5 * KIB),
+    },
+    "bsr_linear 16 tokens float16": {
+        "sm_80": (56, 7 * KIB),
+        "sm_90": (40, 7 * KIB),
+        "sm_100": (40, 7 * KIB),
+        "gfx942": (40, 3 * KIB),
+    },
+    "bsr_linear one token float16": {
+        "sm_80": (32, 1 * KIB),
+        "sm_90": (32, 1 * KIB),
+        "sm_100": (32, 1 * KIB),
+        "gfx942": (32, 1 * KIB),
+    },
+    "bsr_linear 4 tokens, columns float32": {
+        "sm_80": (56, 1 * KIB),
+        "sm_90": (56, 1 * KIB),
+        "sm_100": (56, 1 * KIB),
+        "gfx942": (32, 1 * KIB),
+    },
+    "bsr_linear one token int8": {
+        "sm_80": (48, 2 * KIB),
+        "sm_90": (56, 2 * KIB),
+        "sm_100": (56, 2 * KIB),
+        "gfx942": (40, 1 * KIB),
+    },
+    "bsr_linear shares float16": {
+        "sm_80": (160, 33 * KIB),
+        "sm_90": (120, 49 * KIB),
+        "sm_100": (120, 49 * KIB),
+        "gfx942": (104, 16 * KIB),
+    },
+    "bsr_linear_dgrad blocks float16": {
+        "sm_80": (168, 49 * KIB),
+        "sm_90": (120, 73 * KIB),
+        "sm_100": (96, 73 * KIB),
+        "gfx942": (144, 24 * KIB),
     },
 }

@@ -101,6 +101,7 @@ LAYOUT_CASES = [
 TF32_CASE = BsrLinearCase((20,), 32, 48, (16, 16))
 EXTREMES = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 5.6, -5.6, 20.0, -20.0, 1e4, -1e4, torch.inf, -torch.inf, torch.nan])
 WAYS = ("tiles", "shares")
+NEVER, WHEREVER_POSSIBLE = {"waves": 0}, {"waves": 1 << 20, "values": 1}  # to divide the stored blocks in equal shares
 
 
 def inputs(case: BsrLinearCase) -> tuple:
@@ -133,38 +134,47 @@ def other_layouts(case: BsrLinearCase) -> dict[str, tuple]:
 
 def simulate(output: Path) -> None:
     """Run every case in Triton's interpreter and save the results."""
-    from interpreter import bounds_checked, mended
-    from sparsenlp_kernels.launch import _table
+    from interpreted import bounds_checked, mended
+    from sparsenlp_kernels.launch import Launch, _table
 
+    run = Launch.run
+
+    def checked_run(launch: Launch) -> None:
+        tensors = [argument for argument in launch.arguments if isinstance(argument, Tensor)]
+        with mended(), bounds_checked(tensors):
+            run(launch)
+
+    Launch.run = checked_run
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     assert torch.zeros(1).new_empty(64).isnan().all()
     limits = _table("bsr_linear")["sm"]["stream"]
     results = {}
-    with mended(), bounds_checked():
-        for way, waves in (("tiles", 0), ("shares", 1 << 20)):  # never in equal shares, or wherever that is possible
-            limits |= {"waves": waves, "values": 1}
-            results |= {f"{way} {case}": kernels.bsr_linear(*inputs(case)) for case in SHARE_CASES}
-            y = torch.ones(20, 48, dtype=HALF)
-            arguments = inputs(SHARE_CASES[-1])
-            results[f"{way} in place"] = kernels.bsr_linear(*arguments[:6], y, arguments[7], 0.0, y)
-        results |= {str(case): kernels.bsr_linear(*inputs(case)) for case in CASES}
-        for case in GRADIENT_CASES:
-            grad, x, *pattern, values = gradient_inputs(case)
-            results[f"dgrad {case}"] = kernels.bsr_linear_dgrad(grad, *pattern, values, case.columns)
-            results[f"wgrad {case}"] = kernels.bsr_linear_wgrad(grad, x, *pattern, case.block)
-        for case in LAYOUT_CASES:
-            results |= {f"{case} {name}": kernels.bsr_linear(*args) for name, args in other_layouts(case).items()}
-        for activation in kernels.ACTIVATIONS:
-            results[activation] = kernels.bsr_linear(EXTREMES[:, None], *column_of_ones(), None, activation)
-        for tokens in (2, 20):
-            x, *rest, _ = inputs(quantized := BsrLinearCase((tokens,), 32, 48, (8, 4), int8=True))
-            scales = quantized.weight().scales
-            results[f"static scale {tokens}"] = kernels.bsr_linear(x, *rest, scales, 0.01)
-            x[1, 5], x[0, 3] = torch.nan, torch.inf
-            results[f"static scale, not finite {tokens}"] = kernels.bsr_linear(x, *rest, scales, 0.01)
-            results[f"not finite {tokens}"] = kernels.bsr_linear(x, *rest, scales)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        results["tf32"] = kernels.bsr_linear(*inputs(TF32_CASE))
+    for way, divides in (("tiles", NEVER), ("shares", WHEREVER_POSSIBLE)):
+        limits |= divides
+        results |= {f"{way} {case}": kernels.bsr_linear(*inputs(case)) for case in SHARE_CASES}
+        y = torch.ones(20, 48, dtype=HALF)
+        arguments = inputs(SHARE_CASES[-1])
+        results[f"{way} in place"] = kernels.bsr_linear(*arguments[:6], y, arguments[7], 0.0, y)
+    limits |= NEVER
+    results |= {str(case): kernels.bsr_linear(*inputs(case)) for case in CASES}
+    limits |= WHEREVER_POSSIBLE
+    for case in GRADIENT_CASES:
+        grad, x, *pattern, values = gradient_inputs(case)
+        results[f"dgrad {case}"] = kernels.bsr_linear_dgrad(grad, *pattern, values, case.columns)
+        results[f"wgrad {case}"] = kernels.bsr_linear_wgrad(grad, x, *pattern, case.block)
+    for case in LAYOUT_CASES:
+        results |= {f"{case} {name}": kernels.bsr_linear(*args) for name, args in other_layouts(case).items()}
+    for activation in kernels.ACTIVATIONS:
+        results[activation] = kernels.bsr_linear(EXTREMES[:, None], *column_of_ones(), None, activation)
+    for tokens in (2, 20):
+        x, *rest, _ = inputs(quantized := BsrLinearCase((tokens,), 32, 48, (8, 4), int8=True))
+        scales = quantized.weight().scales
+        results[f"static scale {tokens}"] = kernels.bsr_linear(x, *rest, scales, 0.01)
+        x[1, 5], x[0, 3] = torch.nan, torch.inf
+        results[f"static scale, not finite {tokens}"] = kernels.bsr_linear(x, *rest, scales, 0.01)
+        results[f"not finite {tokens}"] = kernels.bsr_linear(x, *rest, scales)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    results["tf32"] = kernels.bsr_linear(*inputs(TF32_CASE))
     save_file({name: result.contiguous() for name, result in results.items()}, output)
 
 
@@ -177,7 +187,8 @@ def column_of_ones() -> tuple[Tensor, Tensor, Tensor]:
 def simulated(tmp_path_factory) -> dict[str, Tensor]:
     output = tmp_path_factory.mktemp("triton") / "results.safetensors"
     threads = {"OMP_NUM_THREADS": "1"}
-    environment = os.environ | threads | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    paths = os.pathsep.join([*sys.path, str(Path(__file__).parents[1] / "gpu")])
+    environment = os.environ | threads | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     run = subprocess.run([sys.executable, __file__, str(output)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return load_file(output)
