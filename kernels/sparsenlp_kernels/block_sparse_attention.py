@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bsr_linear import DTYPES, INTERPRETED, Launch
+from .bsr_linear import DTYPES
+from .launch import INTERPRETED, Launch
 
 MOST_WIDTH = 256
 

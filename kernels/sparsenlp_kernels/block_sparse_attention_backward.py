@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_sparse_attention import Shapes, check, load_real_rows, load_rows, masked, options_of, store_rows, tile_of
-from .bsr_linear import Launch
+from .launch import Launch
 
 
 @triton.jit
