@@ -74,7 +74,13 @@ SNLP_INLINE int64_t rows_of_tile(const BlockSparseAttention& a, int64_t first, i
 
 // Whether kLanes queries attend to a key: a column of a pattern.
 SNLP_INLINE VecI attends(const uint8_t* pattern) {
+#if defined(__AVX512F__)
+  return (VecI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)pattern)) != 0;
+#elif defined(__AVX2__)
+  return (VecI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)pattern)) != 0;
+#else
   return __builtin_convertvector((load_lanes<uint8_t, kLanes>(pattern)), VecI) != 0;
+#endif
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ struct Forward {
     int64_t tiles[kChunk / 16];
     int count = 0;
     Vec before[R];
-    auto flush = [&] {
+    auto flush = [&]() __attribute__((always_inline)) {
       softmax.weigh(scores, count * T, before);
       for (int i = 0; i < count; i++) softmax.add(scores + i * T / A::kUnit * W, heads.value_tile(tiles[i]), T);
       count = 0;
