@@ -81,6 +81,23 @@ def bounds_checked(tensors: list[Tensor]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def strict_launches() -> Iterator[None]:
+    """Every Launch is mended and kept inside the tensors that it is given."""
+    from sparsenlp_kernels.launch import Launch
+
+    run = Launch.run
+
+    def checked_run(launch: Launch) -> None:
+        tensors = [argument for argument in launch.arguments if isinstance(argument, Tensor)]
+        with mended(), bounds_checked(tensors):
+            run(launch)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Launch, "run", checked_run)
+        yield
+
+
 def interpret(problem: Problem) -> None:
     """Run the launches in Triton's interpreter and check their results."""
     for launch in problem.launches:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from attention_cases import BlockSparseAttentionCase
 from safetensors.torch import load_file, save_file
-from test_bsr_linear_triton import check_bounds
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -37,6 +36,7 @@ CASES = [
     replace(SMALL, queries=130, mask="causal", block=(64, 64), heads=1, dtype=HALF),
     replace(SMALL, queries=140, mask="window", block=(128, 64), heads=1, dtype=HALF),
     replace(SMALL, mask="random", padding=True, width=80, dtype=HALF),
+    replace(SMALL, mask="random", padding=True, dtype=torch.bfloat16),
     replace(SMALL, batch=0),
 ]
 LAYOUT_CASE = replace(SMALL, mask="random", batch=2)
@@ -63,12 +63,10 @@ def simulate(output: Path) -> None:
     calls = {str(case): (case, case.raw_arguments()) for case in CASES}
     calls |= {name: (LAYOUT_CASE, arguments) for name, arguments in other_layouts(LAYOUT_CASE).items()}
     results = {}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        check_bounds(monkeypatch)
-        for name, (case, arguments) in calls.items():
-            outputs = kernels.block_sparse_attention(*arguments)
-            tensors = (*outputs, *gradients(case, outputs, arguments))
-            results |= {f"{name} {i}": t.contiguous() for i, t in enumerate(tensors)}
+    for name, (case, arguments) in calls.items():
+        outputs = kernels.block_sparse_attention(*arguments)
+        tensors = (*outputs, *gradients(case, outputs, arguments))
+        results |= {f"{name} {i}": t.contiguous() for i, t in enumerate(tensors)}
     save_file(results, output)
 
 
@@ -77,7 +75,7 @@ def simulated(tmp_path_factory) -> dict[str, Tensor]:
     output = tmp_path_factory.mktemp("triton") / "results.safetensors"
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[1] / "gpu")]),
         "OMP_NUM_THREADS": "1",
     }
     run = subprocess.run([sys.executable, __file__, str(output)], env=environment, capture_output=True, text=True)
@@ -147,4 +145,7 @@ def fake(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    simulate(Path(sys.argv[1]))
+    from interpreted import strict_launches
+
+    with strict_launches():
+        simulate(Path(sys.argv[1]))

@@ -204,7 +204,7 @@ def test_compile_fullgraph(dynamic):
     got = torch.compile(f, fullgraph=True, dynamic=dynamic)(qkv)
     torch.testing.assert_close(got, f(qkv))
     grads = [torch.autograd.grad(y.square().sum(), qkv)[0] for y in (got, f(qkv))]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-3)  # those of the first query cancel to nothing
 
 
 def test_default_backend_is_native_where_it_can_run(needs_native):
