@@ -541,10 +541,46 @@ def test_schedules_agree_where_there_is_no_race(schedule):
 
 def test_a_missing_barrier_shows():
     text = kernel(REVERSE.replace("bar.sync 0;", ""), 1, ".shared .align 16 .b8 s[512];")
-    ptx.run(text, "k", (1,), (128,), [np.zeros(128, np.uint32)])  # not in lock step
+    with pytest.raises(ptx.PtxError, match="a read races with another warp's write"):
+        ptx.run(text, "k", (1,), (128,), [np.zeros(128, np.uint32)])
     for seed in range(3):
         with pytest.raises(ptx.PtxError, match="before it is written"):
             ptx.run(text, "k", (1,), (128,), [np.zeros(128, np.uint32)], schedule=ptx.Adversarial(seed))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_overwriting_what_others_read_is_a_race(schedule):
+    """The barrier before the read is there, the one after it is missing."""
+    again = REVERSE + "st.shared.u32 [%r3], %r5;"
+    text = kernel(again, 1, ".shared .align 16 .b8 s[512];")
+    with pytest.raises(ptx.PtxError, match="races with another warp's"):
+        ptx.run(text, "k", (1,), (128,), [np.zeros(128, np.uint32)], schedule=schedule)
+    ptx.run(
+        text.replace("st.shared.u32 [%r3], %r5;", "bar.sync 0; st.shared.u32 [%r3], %r5;"),
+        "k",
+        (1,),
+        (128,),
+        [np.zeros(128, np.uint32)],
+        schedule=schedule,
+    )
+
+
+def test_an_asynchronous_copy_over_what_others_read_is_a_race():
+    copy = "cp.async.ca.shared.global [%r3], [%rd0], 4;"
+    text = kernel(REVERSE + copy, 1, ".shared .align 16 .b8 s[512];")
+    with pytest.raises(ptx.PtxError, match="a write races"):
+        ptx.run(text, "k", (1,), (128,), [np.zeros(128, np.uint32)])
+
+
+def test_warps_that_write_the_same_value_do_not_race():
+    body = (
+        "and.b32 %r1, %r0, 31; shl.b32 %r1, %r1, 2; mov.u32 %r2, s; add.u32 %r1, %r1, %r2; st.shared.u32 [%r1], VALUE;"
+    )
+    text = kernel(body, 0, ".shared .align 16 .b8 s[128];")
+    for schedule in SCHEDULES:
+        ptx.run(text.replace("VALUE", "7"), "k", (1,), (64,), [], schedule=schedule)
+        with pytest.raises(ptx.PtxError, match=r"two warps write different values|a write races"):
+            ptx.run(text.replace("VALUE", "%r0"), "k", (1,), (64,), [], schedule=schedule)
 
 
 ASYNC = """

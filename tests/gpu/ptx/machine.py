@@ -268,6 +268,7 @@ class Machine:
             for name in np.unique(barrier[here]):
                 same = here & (barrier == name)
                 key = int(cta), int(name)
+                self.shared.races.arrive(*key, self._warps_of(same))
                 self.arrived[key] = self.arrived.get(key, 0) + 32 * int(same.reshape(-1, 32).any(1).sum())
                 if blocks:
                     self.barrier[same] = name
@@ -288,7 +289,13 @@ class Machine:
     def release(self, cta: int, barrier: int) -> None:
         del self.arrived[cta, barrier]
         self.counted.discard((cta, barrier))
-        self.barrier[(self.cta == cta) & (self.barrier == barrier)] = -1
+        waiting = (self.cta == cta) & (self.barrier == barrier)
+        self.shared.races.leave(cta, barrier, self._warps_of(waiting))
+        self.barrier[waiting] = -1
+
+    def _warps_of(self, threads: np.ndarray) -> np.ndarray:
+        """Indices of warps within their CTA, of which `threads` has one."""
+        return np.unique(np.flatnonzero(threads) // 32 % self.warps_per_cta)
 
     def run(self, schedule: LockStep | Adversarial, max_steps: int) -> None:
         schedule.start(self.ctas, self.warps_per_cta)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bits import UNSIGNED, PtxError
+from .races import RaceDetector
 
 SHARED_WINDOW = 1 << 60  # where shared memory starts in the generic address space
 BUFFER_SHIFT = 40  # buffer i of global memory starts at (i + 1) << 40: an overrun meets no other buffer
@@ -44,11 +45,14 @@ class Space:
 
     def _slots(self, address: np.ndarray, size: int, threads: np.ndarray, writes: bool = False) -> np.ndarray:
         used = address[threads]
-        if (wrong := used % np.uint64(size) != 0).any():
-            raise AccessError(f"misaligned {size}-byte access to {self.name} memory", used, threads, wrong)
+        self.check_alignment(used, size, threads)
         place = self.place(used, size, threads)
         self.touch(place, size, threads, used, writes)
         return place // size
+
+    def check_alignment(self, used: np.ndarray, size: int, threads: np.ndarray) -> None:
+        if (wrong := used % np.uint64(size) != 0).any():
+            raise AccessError(f"misaligned {size}-byte access to {self.name} memory", used, threads, wrong)
 
     def touch(self, place: np.ndarray, size: int, threads: np.ndarray, used: np.ndarray, writes: bool) -> None:
         """Notice an access that passed the checks."""
@@ -116,6 +120,8 @@ class SharedMemory(Space):
         self.stride = -(-size // 16) * 16 + 16
         self.content = np.full(ctas * self.stride, 0xFF, np.uint8)  # NaN
         self.state = np.full(ctas * self.stride, UNWRITTEN, np.uint8)
+        self.races = RaceDetector(ctas, threads_per_cta // 32, ctas * self.stride)
+        self.ordered = False  # accesses are atomic, so that they do not race with each other
 
     def place(self, address: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         if (wrong := address + np.uint64(size) > np.uint64(self.size)).any():
@@ -130,6 +136,30 @@ class SharedMemory(Space):
         for code, what in ((UNWRITTEN, "before it is written"), (IN_FLIGHT, "while an asynchronous copy is in flight")):
             if (wrong := (state == code).any(1)).any():
                 raise AccessError(f"shared memory is read {what}", used, threads, wrong)
+        if not self.ordered and (wrong := self.races.reads(self._bytes(place, size), threads)).any():
+            raise AccessError("a read races with another warp's write: no barrier between them", used, threads, wrong)
+
+    def store(self, address: np.ndarray, data: np.ndarray, mask: np.ndarray) -> None:
+        threads = np.flatnonzero(mask)
+        raw = np.ascontiguousarray(data[threads]).view(np.uint8).reshape(len(threads), -1)
+        size = raw.shape[1]
+        self.check_alignment(address[threads], size, threads)
+        places = self._bytes(self.place(address[threads], size, threads), size)
+        changed = (self.content[places] != raw) | (self.state[places] != WRITTEN)
+        super().store(address, data, mask)
+        self.check_writes(places, threads, address, changed)
+        lost = (self.content[places] != raw) & (self.races.writer[places] != threads[:, None] // 32 % self.races.warps)
+        if (wrong := lost.any(1)).any():
+            raise AccessError("two warps write different values at once", address[threads], threads, wrong)
+
+    def check_writes(self, places: np.ndarray, threads: np.ndarray, address: np.ndarray, changed: np.ndarray) -> None:
+        if not self.ordered and (wrong := self.races.writes(places, threads, changed)).any():
+            what = "a write races with another warp's access: no barrier between them"
+            raise AccessError(what, address[threads], threads, wrong)
+
+    @staticmethod
+    def _bytes(place: np.ndarray, size: int) -> np.ndarray:
+        return place[:, None] + np.arange(size)
 
     def mark(self, place: np.ndarray, size: int, state: int) -> None:
         self.state.reshape(-1, size)[place // size] = state
@@ -156,8 +186,10 @@ class AsyncCopies:
     def issue(self, address: np.ndarray, data: np.ndarray, mask: np.ndarray) -> None:
         threads = np.flatnonzero(mask)
         size = data.shape[1] * data.dtype.itemsize
-        self.shared._slots(address, size, threads, writes=True)
-        self.shared.mark(self.shared.place(address[threads], size, threads), size, IN_FLIGHT)
+        place = self.shared._slots(address, size, threads, writes=True) * size
+        places = place[:, None] + np.arange(size)
+        self.shared.check_writes(places, threads, address, np.ones(places.shape, bool))
+        self.shared.mark(place, size, IN_FLIGHT)
         self.copies.append(Copy(address, data, mask.copy(), np.full(len(self.committed), -1)))
 
     def commit(self, warps: np.ndarray) -> None:

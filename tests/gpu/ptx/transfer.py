@@ -147,9 +147,11 @@ def atom(machine: Machine, instruction: Instruction, name: str, space: str | Non
             threads = np.flatnonzero(left)
             turn = np.zeros_like(left)
             turn[threads[np.unique(where[threads], return_index=True)[1]]] = True
+            machine.shared.ordered = True
             before = memory.load(where, size, 1, turn)[:, 0]
             after = encode(t, ATOMIC[op](decode(t, before), *sources))
             memory.store(where, after[:, None], turn)
+            machine.shared.ordered = False
             old = np.where(turn, before, old)
             left &= ~turn
         write(old, mask)
