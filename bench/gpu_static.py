@@ -90,7 +90,7 @@ def machine_code(row: Row, target: str) -> Iterator[dict[str, Any]]:
     for launch in row.large(PACKAGE, target).launches:
         compiled = compile_launch(launch, gates.TARGETS[target])
         used = gates.usage(compiled)
-        line = {"kernel": row.name, "target": target, "registers": used.registers, "shared": used.shared}
+        line = {"kernel": row.name, "target": target, "registers": used.registers, "shared bytes": used.shared}
         line["warps"] = warps = compiled.metadata.num_warps
         if target in PROCESSORS:
             processor = PROCESSORS[target]
