@@ -173,10 +173,11 @@ def test_every_seeded_bug_is_listed():
 
 
 # kernel: {target: (registers, bytes of shared memory with what the launch allocates)}; what the compiler needs now.
+# From sm_90 on, 1 KiB of it is the system's.
 BUDGETS = {
-    "nm_linear_large": {"sm_80": (255, 82944), "sm_90": (255, 82944), "sm_100": (255, 82944)},
-    "nm_linear_small": {"sm_80": (128, 36864), "sm_90": (128, 36864), "sm_100": (128, 36864)},
-    "nm_linear_few": {"sm_80": (80, 5120), "sm_90": (80, 5120), "sm_100": (80, 5120)},
+    "nm_linear_large": {"sm_80": (251, 79872), "sm_90": (254, 80896), "sm_100": (228, 80896)},
+    "nm_linear_small": {"sm_80": (126, 36864), "sm_90": (128, 37888), "sm_100": (54, 37888)},
+    "nm_linear_few": {"sm_80": (80, 5120), "sm_90": (80, 6144), "sm_100": (64, 6144)},
 }
 TYPES = {"f16": (HALF, False), "bf16": (BFLOAT16, False)} | {
     f"i8_{name}": (dtype, True) for name, dtype in (("f32", FLOAT32), ("f16", HALF), ("bf16", BFLOAT16))
@@ -196,7 +197,9 @@ def test_machine_code(target):
         if number != FEW:
             assert code.count("LDGSTS") > 0, f"{name}: the loads are not pipelined"
         assert code.registers <= registers, f"{name}: {code.registers} registers"
-        assert code.shared + dynamic_shared(number, name) <= shared, f"{name}: {dynamic_shared(number, name)} bytes"
+        assert code.shared + dynamic_shared(number, name) <= shared, (
+            f"{name}: {code.shared} + {dynamic_shared(number, name)} bytes"
+        )
 
 
 def dynamic_shared(kernel: int, name: str) -> int:
