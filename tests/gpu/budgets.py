@@ -86,4 +86,21 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
         "sm_100": (96, 73 * KIB),
         "gfx942": (144, 24 * KIB),
     },
+    "bsr_linear_dgrad columns float32": {
+        "sm_80": (48, 19 * KIB),
+        "sm_90": (48, 19 * KIB),
+        "sm_100": (48, 19 * KIB),
+    },
+    "bsr_linear_wgrad blocks bfloat16": {
+        "sm_80": (96, 32 * KIB),
+        "sm_90": (64, 48 * KIB),
+        "sm_100": (64, 49 * KIB),
+        "gfx942": (88, 16 * KIB),
+    },
+    "bsr_linear_wgrad columns float16": {
+        "sm_80": (64, 18 * KIB),
+        "sm_90": (48, 27 * KIB),
+        "sm_100": (48, 28 * KIB),
+        "gfx942": (72, 10 * KIB),
+    },
 }
