@@ -26,6 +26,7 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
         "sm_80": (168, 33 * KIB),
         "sm_90": (152, 33 * KIB),
         "sm_100": (128, 33 * KIB),
+        "gfx942": (88, 16 * KIB),
     },
     "bsr_linear blocks int8": {
         "sm_80": (256, 25 * KIB),
@@ -43,6 +44,7 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
         "sm_80": (40, 19 * KIB),
         "sm_90": (48, 19 * KIB),
         "sm_100": (48, 19 * KIB),
+        "gfx942": (56, 10 * KIB),
     },
     "bsr_linear columns int8": {
         "sm_80": (72, 9 * KIB),
@@ -90,6 +92,7 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
         "sm_80": (48, 19 * KIB),
         "sm_90": (48, 19 * KIB),
         "sm_100": (48, 19 * KIB),
+        "gfx942": (64, 10 * KIB),
     },
     "bsr_linear_wgrad blocks bfloat16": {
         "sm_80": (96, 32 * KIB),
