@@ -422,7 +422,8 @@ def choose_tile(
     From a row of the tuned table: "fma", or for dots "float32", "half" or "int8". `m`, `n` and `k` are the longest
     sides, `least_n` the shortest that tensor cores take, `stages` those of the pipeline; "fma" is used for up to
     `tokens` tokens, and a step of it reads `values` values of the weight.
-    A dot takes 1 warp for 16 x 16, 4 from a side of 64 on, 8 for 128 x 128.
+    A dot takes 1 warp for 16 x 16, 4 from a side of 64 on, 8 for 128 x 128; FMA 1 for 256 values, up to 4 (on 4 warps,
+    small tiles spilled).
     """
     power = k & -k  # the largest power of two that divides k
     fma = tuned("bsr_linear", device.arch, "fma")
@@ -430,7 +431,8 @@ def choose_tile(
         m, side = triton.next_power_of_2(tokens), min(triton.next_power_of_2(n), fma["n"])
         depth = max(fma["values"] // (m * side), 32)
         tile = {"DOT": False, "BLOCK_M": m, "BLOCK_N": side, "BLOCK_K": min(power, depth) if power >= 32 else depth}
-        return tile, compiler_options(4, fma["stages"])
+        values = side * tile["BLOCK_K"]
+        return tile, compiler_options(max(1, min(values // 256, 4)), fma["stages"])
     kind = {torch.int8: "int8", torch.float32: "float32"}.get(dtype, "half")
     longest = tuned("bsr_linear", device.arch, kind)
     m = min(max(triton.next_power_of_2(tokens), 16), longest["m"])
