@@ -24,8 +24,9 @@ $(BUILT): $(VENV)/.ready $(SOURCES)
 	SPARSENLP_NATIVE=$(NATIVE) SPARSENLP_CUDA=$(CUDA) $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev,gpu]"
 	touch $@
 
+# In two processes of one thread each, as threads of both would wait for each other; plain pytest does it all in one.
 test: build
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The GPU kernels without a GPU: compiled, executed in an interpreter, and with bugs that the checks must catch.
 test-gpu-sim: build
