@@ -1,6 +1,6 @@
-"""The CUDA backend of nm_linear: what it refuses, without a GPU, and its results where there is one.
+"""The CUDA backend of nm_linear: what it refuses, without a GPU.
 
-The kernels themselves are simulated in tests/gpu.
+The kernels are simulated in tests/gpu, and run in tests/hardware where there is a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import TOLERANCES, NMLinearCase
+from cases import NMLinearCase
 from torch._subclasses import FakeTensorMode
 
 from sparsenlp import NMLinear, native_cuda
@@ -20,12 +20,8 @@ from sparsenlp.formats import NM
 from sparsenlp.ops import nm_linear, nm_linear_cuda
 from sparsenlp.ops.nm_linear import pack
 
-HALF, BFLOAT16 = torch.float16, torch.bfloat16
+HALF = torch.float16
 CASE = NMLinearCase((3, 5), 24, 64, dtype=HALF)
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or not native_cuda.available,
-    reason=native_cuda.why_unavailable or "torch finds no CUDA GPU",
-)
 
 
 @pytest.fixture
@@ -161,37 +157,3 @@ def test_a_library_that_does_not_load(monkeypatch, tmp_path):
 def test_kernel_for_tokens():
     names = [nm_linear_cuda.KERNELS[nm_linear_cuda.kernel_for(tokens)][0] for tokens in (1, 8, 9, 64, 65, 4096)]
     assert names == ["few", "few", "small", "small", "large", "large"]
-
-
-GPU_CASES = [
-    NMLinearCase((tokens,), 200, 352, dtype=dtype, int8=int8, activation=activation, residual=tokens == 17)
-    for tokens, activation in ((1, "none"), (8, "gelu"), (17, "relu"), (200, "gelu_tanh"))
-    for dtype, int8 in ((HALF, False), (BFLOAT16, False), (torch.float32, True), (BFLOAT16, True))
-]
-
-
-def cuda(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor if tensor is None else tensor.cuda()
-
-
-@needs_gpu
-@pytest.mark.parametrize("case", GPU_CASES, ids=str)
-def test_forward_on_a_gpu(case):
-    x, bias, residual = case.x().cuda(), cuda(case.bias_vector()), cuda(case.residual_tensor())
-    y = nm_linear(x, case.weight().to("cuda"), bias, case.activation, residual)
-    torch.testing.assert_close(y.cpu().double(), case.expected(), **case.tolerance)
-
-
-@needs_gpu
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_gradients_on_a_gpu(activation):
-    case = NMLinearCase((20,), 40, 48, activation=activation, dtype=BFLOAT16)
-
-    def gradients(dtype, device):
-        weight = case.weight().to(dtype).to(device)
-        inputs = [t.to(device, dtype).requires_grad_() for t in (case.x(), weight.values, case.bias_vector())]
-        x, values, bias = inputs
-        return torch.autograd.grad(nm_linear(x, replace(weight, values=values), bias, activation).sum(), inputs)
-
-    for got, expected in zip(gradients(BFLOAT16, "cuda"), gradients(torch.float64, "cpu"), strict=True):
-        torch.testing.assert_close(got.cpu().double(), expected, **TOLERANCES["nm_linear_wgrad", BFLOAT16])
