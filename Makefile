@@ -9,7 +9,7 @@ CUDA := $(if $(shell command -v $(or $(NVCC),nvcc)),$(or $(SPARSENLP_CUDA),1),0)
 BUILT := $(VENV)/.built-$(NATIVE)-$(CUDA)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test test-gpu-sim sanitize emulate lint format bench bench-e2e bench-accuracy demo demo-quick dist clean
+.PHONY: build test test-gpu-sim gpu sanitize emulate lint format bench bench-e2e bench-accuracy demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -31,6 +31,10 @@ test: build
 # The GPU kernels without a GPU: compiled, executed in an interpreter, and with bugs that the checks must catch.
 test-gpu-sim: build
 	$(BIN)/python -m pytest tests/gpu
+
+# The GPU kernels on a GPU: built, tested, sanitized and timed, in ten minutes. Nothing is installed: PYTHON has torch.
+gpu:
+	$(PYTHON) bench/gpu.py $(BENCH)
 
 # The kernels alone, without Python: under AddressSanitizer and UBSan, and for aarch64 in an emulator.
 sanitize emulate:

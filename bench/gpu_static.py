@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
 import gates  # noqa: E402  (these need the path above)
+from harness import print_table  # noqa: E402
 from kernel_cases import ROWS  # noqa: E402
 from launches import compile_launch  # noqa: E402
 from problems import PACKAGE, Row  # noqa: E402
@@ -117,14 +118,6 @@ def roofline() -> Iterator[dict[str, Any]]:
                     time, bound = floor(tokens, inputs, outputs, sparsity, gpu)
                     line[f"{sparsity:.0%} sparse, us"] = f"{time:.2f} {bound}"
                 yield line
-
-
-def print_table(lines: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for line in lines:
-        print("| " + " | ".join(str(line.get(name, "")) for name in columns) + " |")
 
 
 def main() -> None:

@@ -179,6 +179,15 @@ def dot_product_factor(dtype: str) -> int:
     return {"bf16": 2, "int8": 4}.get(dtype, 1) if best.endswith(("_bf16", "_vnni", "_dot")) else 1
 
 
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """Markdown; a column for every name that a line has."""
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for line in lines:
+        print("| " + " | ".join(str(line.get(name, "")) for name in columns) + " |")
+
+
 def write_record(path: Path, **content: Any) -> None:
     """A JSON file that says what ran, where, and what came out; floats to 5 digits, a list's items one to a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
