@@ -106,4 +106,22 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
         "sm_100": (48, 28 * KIB),
         "gfx942": (72, 10 * KIB),
     },
+    "block_sparse_attention float16": {
+        "sm_80": (208, 41 * KIB),
+        "sm_90": (160, 57 * KIB),
+        "sm_100": (136, 57 * KIB),
+        "gfx942": (160, 32 * KIB),
+    },
+    "block_sparse_attention bfloat16": {
+        "sm_80": (200, 41 * KIB),
+        "sm_90": (152, 57 * KIB),
+        "sm_100": (128, 57 * KIB),
+        "gfx942": (160, 32 * KIB),
+    },
+    "block_sparse_attention gradients float16": {
+        "sm_80": (256, 27 * KIB),
+        "sm_90": (152, 35 * KIB),
+        "sm_100": (88, 49 * KIB),
+        "gfx942": (248, 12 * KIB),
+    },
 }

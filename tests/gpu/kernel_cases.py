@@ -6,7 +6,8 @@ the mutation runner (`mutations`). CONTRIBUTING.md shows how to add one.
 
 from __future__ import annotations
 
+import block_sparse_attention_rows
 import bsr_linear_rows
 from problems import Row
 
-ROWS: list[Row] = [*bsr_linear_rows.ROWS]
+ROWS: list[Row] = [*bsr_linear_rows.ROWS, *block_sparse_attention_rows.ROWS]
