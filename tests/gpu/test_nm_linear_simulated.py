@@ -152,15 +152,15 @@ def caught_by(text: str, kernel: int, case: NMLinearCase, schedule: ptx.LockStep
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=BUGS.values())
-def test_seeded_bug_is_caught(bug, two_types, tmp_path, record_property):
+def test_seeded_bug_is_caught(bug, two_types, tmp_path, record_catches):
     text = nvcc.compile_ptx("nm_linear", tmp_path, bug, two_types)
     kernel, cases = (FEW, FEW_CASES) if bug > 20 else (SMALL, MANY_CASES)
-    for case in cases:
-        for schedule in SCHEDULES:
-            if found := caught_by(text, kernel, case, schedule):
-                record_property("caught", f"{type(schedule).__name__}, {case}: {found}")
-                return
-    pytest.fail(f"nothing notices: {BUGS[bug]}")
+    catches = {
+        check: next(filter(None, (caught_by(text, kernel, case, schedule) for case in cases)), None)
+        for check, schedule in zip(("PTX lock-step", "PTX adversarial"), SCHEDULES, strict=True)
+    }
+    record_catches(f"nm_linear {nm_linear_cuda.KERNELS[kernel][0]}", BUGS[bug], catches)
+    assert any(catches.values()), f"nothing notices: {BUGS[bug]}"
 
 
 def test_every_seeded_bug_is_listed():
