@@ -149,7 +149,7 @@ def test_ctrl_c_in_pruning_resumes_there(config, tmp_path):
             steps.append(event["done"])
 
     run_demo(tmp_path, config, watch, run_here)
-    assert steps == [2]
+    assert steps == [2, 3, 4]
     assert not list((tmp_path / "work").glob("*.state"))
 
 
