@@ -18,7 +18,7 @@ from ..prune.layers import Mask, mask_of, masked_layers, trainable_weight
 MAX_DENSITY = 0.3
 """A layer of which more is kept trains faster dense in bfloat16 (forward and backward, 900 tokens, blocks of 8x1)."""
 MIN_ROWS = 8
-"""So do lower blocks, until next to nothing is kept."""
+"""Lower blocks gain less: 4x1 breaks even where a fifth is kept, single weights not even at a tenth."""
 
 
 @contextmanager
