@@ -153,6 +153,12 @@ def use_threads(count: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
+def watch_cpu() -> Callable[[], float]:
+    """A function that tells in which share of the time since now this thread had a CPU: below 1 where others had it."""
+    wall, own = time.perf_counter(), time.thread_time()
+    return lambda: (time.thread_time() - own) / (time.perf_counter() - wall)
+
+
 def machine() -> dict[str, Any]:
     """What a number was measured on, as JSON data; `threads` is torch's count at the time of the call."""
     return {

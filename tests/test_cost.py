@@ -186,10 +186,16 @@ def test_real_calibration(small_designs, kind):
 # the cache
 
 
+def gets_cpu(monkeypatch, share):
+    """Let `calibrated` believe that it had a CPU for this share of the time."""
+    monkeypatch.setattr(cache, "watch_cpu", lambda: lambda: share)
+
+
 @pytest.fixture
 def calibrations(monkeypatch):
     """Replace the calibration by the laws above; records what is asked for."""
     asked = []
+    gets_cpu(monkeypatch, 1.0)
 
     def fake(kinds, threads, seconds):
         asked.append(sorted(map(str, kinds)))
@@ -223,8 +229,18 @@ def test_a_calibration_need_not_be_kept(calibrations, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_calibration_on_a_busy_machine_is_not_kept(monkeypatch, tmp_path):
+def test_a_calibration_that_others_disturbed_is_not_kept(calibrations, monkeypatch, tmp_path):
+    calibrated([DENSE_KIND], 1, tmp_path)
+    gets_cpu(monkeypatch, 0.6)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="other processes took 40% of the time of calibration"):
+            assert calibrated([SPARSE_KIND, DENSE_KIND], 1, tmp_path).fitted.keys() == {SPARSE_KIND, DENSE_KIND}
+    assert calibrations == [["float32 dense"], ["float32 8x1"], ["float32 8x1"]]
+
+
+def test_a_calibration_with_large_errors_is_not_kept(monkeypatch, tmp_path):
     asked = []
+    gets_cpu(monkeypatch, 1.0)
 
     def busy(kinds, threads, seconds):
         asked.append(kinds)

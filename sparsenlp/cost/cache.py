@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import native
-from ..measure import machine, use_threads
+from ..measure import machine, use_threads, watch_cpu
 from .calibration import SECONDS, calibrate
 from .model import CostModel, Fitted, Kind
 
@@ -21,6 +21,9 @@ FORMAT = 2
 
 WORTH_KEEPING = 0.5
 """A calibration with a larger error (p90) was made while the machine was busy: it is used once, and not kept."""
+
+UNDISTURBED = 0.9
+"""Nor is one during which this process had a CPU for less of the time."""
 
 
 def calibrated(
@@ -37,8 +40,9 @@ def calibrated(
     keep       False: neither read nor write the cache
     seconds    of calibration for each kind that is missing
 
-    A calibration on a busy machine, whose error shows it, is not kept. A cache that cannot be read, is damaged or
-    belongs to another machine is replaced, one that cannot be written is done without. A warning says so.
+    A calibration on a busy machine, as its error or the CPU time it got show, is not kept. A cache that cannot be
+    read, is damaged or belongs to another machine is replaced, one that cannot be written is done without. A warning
+    says so.
     """
     wanted = set(kinds)
     with use_threads(threads) as count:
@@ -47,9 +51,12 @@ def calibrated(
         known = _read(path, key) if keep else {}
         missing = wanted - known.keys()
         if missing:
-            known |= calibrate(missing, count, seconds)
-            if keep:
-                _write(path, key, {kind: entry for kind, entry in known.items() if _is_good(kind, entry)})
+            cpu_share = watch_cpu()
+            found = calibrate(missing, count, seconds)
+            if keep and _is_undisturbed(cpu_share()):
+                good = {kind: entry for kind, entry in found.items() if _is_good(kind, entry)}
+                _write(path, key, known | good)
+            known |= found
     return CostModel(count, {kind: known[kind] for kind in sorted(wanted, key=str)})
 
 
@@ -85,6 +92,18 @@ def _read(path: Path, key: dict[str, Any]) -> dict[Kind, Fitted]:
     except (OSError, ValueError) as error:  # ValueError: not JSON, not text, or a field that is wrong
         warnings.warn(f"cost cache: {path} is not used, calibrating again: {error}", stacklevel=3)
         return {}
+
+
+def _is_undisturbed(cpu_share: float) -> bool:
+    """Whether what was calibrated may be kept; a warning if not."""
+    if cpu_share >= UNDISTURBED:
+        return True
+    warnings.warn(
+        f"cost model: other processes took {1 - cpu_share:.0%} of the time of calibration, so it is not kept; "
+        "predictions are better on an idle machine",
+        stacklevel=3,
+    )
+    return False
 
 
 def _is_good(kind: Kind, entry: Fitted) -> bool:
