@@ -37,7 +37,7 @@ class DemoConfig:
     train_examples: int | None = None
     test_examples: int | None = None
     finetune_epochs: int = 3
-    finetune_rate: float = 1e-4
+    finetune_rate: float = 5e-5
     recover_epochs: int = 3
     max_length: int = 128
     batches: tuple[int, ...] = (1, 16)

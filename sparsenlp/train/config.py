@@ -31,7 +31,7 @@ class TrainingConfig:
 
     epochs: int = 3
     batch_size: int = 32
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     warmup_fraction: float = 0.04
     betas: tuple[float, float] = (0.9, 0.98)
     max_gradient_norm: float = 1.0
