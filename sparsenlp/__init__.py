@@ -2,17 +2,20 @@
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .convert import SparsifyConfig, sparsify_
-from .formats import BlockSparse
+from .formats import BlockMask, BlockSparse, MaskRule
 from .layers import NMLinear, SparseGRU, SparseLinear, SparseLSTM
 from .models import connect_transformers
+from .models.block_sparse_attention import use_block_sparse_attention_, use_dense_attention_
 from .plan import Plan
 from .version import __version__
 
 connect_transformers()
 
 __all__ = [
+    "BlockMask",
     "BlockSparse",
     "CheckpointError",
+    "MaskRule",
     "NMLinear",
     "Plan",
     "SparseGRU",
@@ -23,4 +26,6 @@ __all__ = [
     "from_pretrained",
     "save_pretrained",
     "sparsify_",
+    "use_block_sparse_attention_",
+    "use_dense_attention_",
 ]

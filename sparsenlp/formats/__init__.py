@@ -3,7 +3,8 @@
 from .block import BlockSparse
 from .block_mask import BlockMask
 from .encoder import EncoderWeights, SparseProjection
+from .mask_rule import MaskRule
 from .nm import NM
 from .recurrent import RecurrentWeights
 
-__all__ = ["NM", "BlockMask", "BlockSparse", "EncoderWeights", "RecurrentWeights", "SparseProjection"]
+__all__ = ["NM", "BlockMask", "BlockSparse", "EncoderWeights", "MaskRule", "RecurrentWeights", "SparseProjection"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ WHOLE = -1
 Block = tuple[int, int]
 Allowed = Callable[[Tensor, Tensor], Tensor]
 """(positions of queries (r, 1), positions of keys (1, c)) -> which pairs attend, bool, broadcastable to (r, c)."""
+Columns = Callable[[int, int], Tensor]
+"""(first, last position of a block row) -> the block columns in which its queries may attend, increasing, int64."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,26 +61,56 @@ class BlockMask:
         heads, queries, keys = shape = dense.shape if dense.dim() == 3 else (1, *dense.shape)
         (m, n), R = block, -(-queries // block[0])
         padded = torch.nn.functional.pad(dense.view(shape), (0, -keys % n, 0, -queries % m))
-        return _from_rows(padded.reshape(heads * R, m, padded.shape[2]), (queries, keys), heads, block)
+        every = torch.arange(padded.shape[2] // n)
+        rows = ((every, row) for row in padded.reshape(heads * R, m, padded.shape[2]))
+        return _from_rows(rows, (queries, keys), heads, block)
 
     @classmethod
     def from_function(
-        cls, allowed: Allowed, queries: int, keys: int | None = None, block: Block = (64, 64)
+        cls,
+        allowed: Allowed,
+        queries: int,
+        keys: int | None = None,
+        block: Block = (64, 64),
+        columns: Columns | None = None,
     ) -> BlockMask:
         """A mask shared by all heads from a function of positions, in memory for a block row at a time.
 
-        keys  None: as many as queries
+        keys     None: as many as queries
+        columns  where to ask `allowed`, so that time follows the blocks that are kept; None: everywhere
         """
         keys = queries if keys is None else keys
         _check_block(block)
-        key = torch.arange(-(-keys // block[1]) * block[1])[None, :]
+        (m, n), every = block, torch.arange(-(-keys // block[1]))
 
-        def rows() -> Iterable[Tensor]:
-            for first in range(0, queries, block[0]):
-                query = torch.arange(first, first + block[0])[:, None] + (keys - queries)
-                yield allowed(query, key).expand(block[0], key.shape[1])
+        def rows() -> Iterable[tuple[Tensor, Tensor]]:
+            for first in range(keys - queries, keys, m):
+                query = torch.arange(first, first + m)[:, None]
+                asked = every if columns is None else columns(first, first + m - 1)
+                asked = asked[(asked >= 0) & (asked < every.numel())]
+                key = (asked[:, None] * n + torch.arange(n)).view(1, -1)
+                yield asked, allowed(query, key).expand(m, key.shape[1])
 
         return _from_rows(rows(), (queries, keys), 1, block)
+
+    @classmethod
+    def stack(cls, masks: Sequence[BlockMask]) -> BlockMask:
+        """A mask whose heads are those of `masks`, one after the other; all of the same shape and block."""
+        first = masks[0]
+        for mask in masks:
+            if mask.shape != first.shape or mask.block != first.block:
+                raise ValueError(
+                    f"BlockMask: expected masks of the same shape and block, "
+                    f"got {first.shape}, {first.block} and {mask.shape}, {mask.block}"
+                )
+        crow, index, blocks, patterns = [first.crow_indices[:1]], [], 0, 0
+        for mask in masks:
+            crow.append(mask.crow_indices[1:] + blocks)
+            index.append(torch.where(mask.pattern_indices < 0, WHOLE, mask.pattern_indices + patterns))
+            blocks += mask.nnz_blocks
+            patterns += mask.patterns.shape[0]
+        col, shared = torch.cat([m.col_indices for m in masks]), torch.cat([m.patterns for m in masks])
+        return cls(torch.cat(crow), col, torch.cat(index), shared, first.shape, sum(m.heads for m in masks))
 
     @classmethod
     def causal(cls, queries: int, keys: int | None = None, block: Block = (64, 64)) -> BlockMask:
@@ -93,7 +125,11 @@ class BlockMask:
 
         Source: Beltagy et al. 2020, arXiv:2004.05150.
         """
-        return cls.from_function(lambda q, k: (k >= q - left) & (k <= q + right), queries, keys, block)
+
+        def columns(first: int, last: int) -> Tensor:
+            return torch.arange((first - left) // block[1], (last + right) // block[1] + 1)
+
+        return cls.from_function(lambda q, k: (k >= q - left) & (k <= q + right), queries, keys, block, columns)
 
     @classmethod
     def global_tokens(
@@ -172,13 +208,33 @@ class BlockMask:
         crow, col, pattern_indices = (t.to(device) for t in (self.crow_indices, self.col_indices, self.pattern_indices))
         return BlockMask(crow, col, pattern_indices, self.patterns.to(device), self.shape, self.heads)
 
-    def draw(self, head: int = 0) -> str:
-        """A picture, a character for each block: # all of it attends, + some, . none."""
-        kinds = torch.zeros(self.heads * self.block_rows, self.block_columns, dtype=torch.int64)
-        rows = block_rows(self.crow_indices, self.nnz_blocks).cpu()
-        kinds[rows, self.col_indices.long().cpu()] = torch.where(self.pattern_indices.cpu() < 0, 2, 1)
-        mine = kinds.unflatten(0, (self.heads, self.block_rows))[head]
-        return "\n".join("".join(".+#"[kind] for kind in row) for row in mine.tolist())
+    def draw(self, head: int = 0, most: int = 96) -> str:
+        """A picture, a character for each block: # all of it attends, + some, . none.
+
+        most  lines and columns: of larger masks a character stands for a square of blocks
+        """
+        size = (self.block_rows, self.block_columns)
+        side = max(-(-max(size) // most), 1)
+        first = head % self.heads * self.block_rows
+        crow = self.crow_indices[first : first + self.block_rows + 1].cpu()
+        mine = slice(*crow[[0, -1]].tolist())
+        rows = block_rows(crow - crow[:1], mine.stop - mine.start) // side
+        columns = self.col_indices[mine].long().cpu() // side
+        whole = (self.pattern_indices[mine] < 0).long().cpu()
+        kept, full, blocks = torch.zeros(3, *(-(-n // side) for n in size), dtype=torch.int64).unbind()
+        kept.index_put_((rows, columns), torch.ones_like(whole), accumulate=True)
+        full.index_put_((rows, columns), whole, accumulate=True)
+        row, column = (torch.arange(n) // side for n in size)
+        blocks.index_put_((row[:, None], column[None, :]), torch.ones(1, dtype=torch.int64), accumulate=True)
+        kinds = (kept > 0).long() + (full == blocks)
+        return "\n".join("".join(".+#"[kind] for kind in line) for line in kinds.tolist())
+
+    def __str__(self) -> str:
+        """What it is in one line, and the picture of each head, at most 4 of them."""
+        (queries, keys), (m, n), heads = self.shape, self.block, self.heads
+        title = f"BlockMask: {queries} x {keys}, blocks {m}x{n}, {heads} head{'s'[: heads != 1]}, "
+        title += f"{self.density:.1%} of the blocks"
+        return "\n\n".join([title, *(self.draw(head) for head in range(min(heads, 4)))])
 
     def validate(self) -> BlockMask:
         """Return self, or raise TypeError (dtypes) or ValueError (shapes, indices) naming the first fault."""
@@ -216,30 +272,35 @@ def _share(blocks: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """(patterns, the index of each of `blocks` (N, m, n) among them)."""
     if not blocks.shape[0]:
         return blocks.new_zeros(0, *block), torch.zeros(0, dtype=torch.int64, device=blocks.device)
-    flat, index = torch.unique(blocks.flatten(1), dim=0, return_inverse=True)
-    return flat.unflatten(1, block), index
+    eights = blocks.flatten(1).contiguous().view(torch.int64)
+    patterns, index = torch.unique(eights, dim=0, return_inverse=True)
+    return patterns.view(torch.bool).unflatten(1, block), index
 
 
-def _from_rows(rows: Iterable[Tensor], shape: tuple[int, int], heads: int, block: Block) -> BlockMask:
-    """From each block row in turn, heads one after the other, (m, C * n) bool on the CPU, anything beyond `shape`."""
+def _from_rows(rows: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int], heads: int, block: Block) -> BlockMask:
+    """From each block row in turn, heads one after the other: the block columns that it may keep, increasing, and
+    their bools (m, columns * n) on the CPU, anything beyond `shape`."""
     (queries, keys), (m, n) = shape, block
-    R, C = -(-queries // m), -(-keys // n)
-    kept = [torch.zeros(0, C, dtype=torch.bool)]
+    R = -(-queries // m)
+    counts = torch.zeros(heads * R + 1, dtype=INDEX_DTYPE)
+    columns = [torch.zeros(0, dtype=torch.int64)]
     partial = [torch.zeros(0, dtype=torch.bool)]
     found = [torch.zeros(0, m, n, dtype=torch.bool)]
-    for index, row in enumerate(rows):
-        real = torch.zeros(row.shape, dtype=torch.bool)
-        real[: queries - index % R * m, :keys] = True
-        blocks, inside = (t.unflatten(1, (C, n)).transpose(0, 1) for t in (row, real))  # (C, m, n)
+    for index, (asked, row) in enumerate(rows):
+        blocks = row.unflatten(1, (asked.numel(), n)).transpose(0, 1)  # (columns, m, n)
+        inside = (asked[:, None] * n + torch.arange(n) < keys)[:, None] & (torch.arange(m) < queries - index % R * m)[
+            :, None
+        ]
         some, all_ = (blocks & inside).flatten(1).any(dim=1), (blocks | ~inside).flatten(1).all(dim=1)
-        kept.append(some[None])
+        counts[index + 1] = some.sum()
+        columns.append(asked[some])
         partial.append((some & ~all_)[some])
         found.append(blocks[some & ~all_])
-    crow, col = _csr(torch.cat(kept))
     patterns, index_of = _share(torch.cat(found), block)
+    col = torch.cat(columns).to(INDEX_DTYPE)
     indices = torch.full_like(col, WHOLE)
     indices[torch.cat(partial)] = index_of.to(INDEX_DTYPE)
-    return BlockMask(crow, col, indices, patterns, shape, heads)
+    return BlockMask(counts.cumsum(0, dtype=INDEX_DTYPE), col, indices, patterns, shape, heads)
 
 
 def _combine(a: BlockMask, b: BlockMask, operation: Callable[[Tensor, Tensor], Tensor]) -> BlockMask:

@@ -15,6 +15,7 @@ from .. import native
 from ..convert import replace_modules
 from ..layers.decoder import DecoderLayerModules, DecoderStack, FewTokenLinear
 from ..ops.decoder_layers import NATIVE_DTYPES
+from .families import BLOCK_SPARSE
 from .instance_forward import InstanceForward
 from .kv_cache import advance, reserve
 
@@ -214,6 +215,8 @@ class DecoderForward(InstanceForward):
             raise ValueError(f"fuse_decoder_: expected rope_type among {', '.join(FIXED_ROPE)}, got {kind!r}")
         if getattr(config, "add_cross_attention", False):
             raise ValueError("fuse_decoder_: expected a decoder without cross-attention")
+        if config._attn_implementation == BLOCK_SPARSE:
+            raise ValueError("fuse_decoder_: expected dense attention, got block-sparse attention")
         layers = [self._modules(layer) for layer in model.get_submodule(family.layers)]
         attention: list[Any] = [layer.layer.get_submodule(family.inputs[0].rpartition(".")[0]) for layer in layers]
         heads, scales = config.num_attention_heads, {module.scaling for module in attention}

@@ -16,7 +16,18 @@ from ..reference.bsr_linear import ACTIVATIONS
 from ..report import is_masked
 from .base_forward import restore_forward_, shorten_forward_
 from .embeddings import fuse_embeddings_
-from .families import FAMILIES, TORCH, UNFUSED, Family, FamilyReader, PositionBias, TorchReader, activation_name, at
+from .families import (
+    BLOCK_SPARSE,
+    FAMILIES,
+    TORCH,
+    UNFUSED,
+    Family,
+    FamilyReader,
+    PositionBias,
+    TorchReader,
+    activation_name,
+    at,
+)
 
 FusionOptions = dict[str, Any]
 """precision and tile, as arguments of fuse_encoders_."""
@@ -245,6 +256,9 @@ def _check_plain(site: _Site, devices: set[torch.device]) -> None:
     config = getattr(module, "config", None)
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise _NotFused("it is a decoder")
+    configs = [getattr(part, "config", None) for part in module.modules()]
+    if any(getattr(config, "_attn_implementation", None) == BLOCK_SPARSE for config in configs):
+        raise _NotFused("its attention is block-sparse")
     if site.family is None:
         for layer in site.layers:
             if type(layer) is not nn.TransformerEncoderLayer:

@@ -16,6 +16,9 @@ from ..layers.encoder import SparseEncoder, read_dense, read_projection, read_ve
 from ..reference.bsr_linear import ACTIVATIONS
 from .encoder_calls import BertLikeEncoder, LayerList, ModuleEncoder, TorchEncoder, TorchEncoderLayer
 
+BLOCK_SPARSE = "block_sparse"
+"""What transformers calls the attention of `use_block_sparse_attention_`; no fused layer has it."""
+
 
 @dataclass(frozen=True)
 class Family:

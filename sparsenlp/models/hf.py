@@ -34,6 +34,7 @@ from ..checkpoint import (
 from ..convert import replace_modules
 from ..formats.block import INDEX_DTYPE
 from ..layers import SparseLinear
+from .block_sparse_attention import restore_
 from .encoders import fuse_again_
 from .structure import restructure_, structure_of
 
@@ -166,11 +167,16 @@ def attach(model: Any) -> None:
     """Make model.save_pretrained write our format. The model gets a config of its own first, if it shared one."""
     if getattr(model, "hf_quantizer", None) is not None:
         return
+    give_own_config(model)
+    model.hf_quantizer = SparseNlpQuantizer(SparseNlpConfig())
+
+
+def give_own_config(model: Any) -> None:
+    """Replace the model's config by a copy, which no other model shares."""
     shared, own = model.config, copy.copy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
-    model.hf_quantizer = SparseNlpQuantizer(SparseNlpConfig())
 
 
 def detach(model: Any) -> None:
@@ -204,6 +210,10 @@ def load(directory: Path, config: Mapping[str, Any], model_class: Any = None, **
     for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if model_class is None else [])):
         if info[kind]:
             raise CheckpointError(f"{directory}: expected the tensors of {cls.__name__}, got {kind} {min(info[kind])}")
+    try:
+        restore_(model)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from None
     return model
 
 
