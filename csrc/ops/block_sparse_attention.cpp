@@ -1,6 +1,7 @@
 // block_sparse_attention: checks, allocation, and patterns as kernels read them.
 #include "../cpu/block_sparse_attention/block_sparse_attention.h"
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 
@@ -13,6 +14,10 @@
 namespace {
 
 enum Dtype { f32, bf16 };
+
+// Into how many shares the backward pass of fewer heads is split. It depends on no number of threads, so that gradients
+// do not either.
+constexpr int64_t kBackwardShares = 16;
 
 template <Dtype dtype>
 BlockSparseAttentionKernel* forward_kernel() {
@@ -160,7 +165,18 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   a.grad_query = grad_query.data_ptr();
   a.grad_key = grad_key.data_ptr();
   a.grad_value = grad_value.data_ptr();
-  run_parts(a.half ? backward_kernel<bf16>() : backward_kernel<f32>(), a, 3 * call.work);
+  const auto kernel = a.half ? backward_kernel<bf16>() : backward_kernel<f32>();
+  const int64_t heads = a.batch * a.kv_heads, rows_of_head = a.heads / a.kv_heads * a.block_rows();
+  a.splits = std::clamp<int64_t>(kBackwardShares / heads, 1, rows_of_head);
+  if (a.splits == 1) {
+    run_parts(kernel, a, 3 * call.work);
+    return {grad_query, grad_key, grad_value};
+  }
+  Scratch split_grads;
+  a.split_grads = split_grads.at_least(heads * a.splits * a.grad_words());
+  run_parts(kernel, a, 3 * call.work);
+  a.adding = true;
+  run_parts(kernel, a, heads * a.splits * a.grad_words());
   return {grad_query, grad_key, grad_value};
 }
 

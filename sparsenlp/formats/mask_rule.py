@@ -46,14 +46,15 @@ class MaskRule:
         """Few queries, as in decoding, get blocks of as few rows as possible."""
         keys = queries if keys is None else keys
         rows = SIDE if queries <= SIDE else self.block
-        drawn = self._drawn(keys)
+        top = max(keys - queries, 0) // self.block  # the block of positions of the first query
+        drawn = self._drawn(top, -(-keys // self.block)) if self.random_blocks else torch.zeros(0, 0)
 
         def allowed(query: Tensor, key: Tensor) -> Tensor:
             pairs = (query < self.global_tokens) | (key < self.global_tokens)
             pairs = pairs | (True if self.window is None else (key - query).abs() <= self.window)
             if self.random_blocks:
-                last = drawn.shape[0] - 1
-                pairs = pairs | drawn[(query // self.block).clamp(0, last), (key // self.block).clamp(max=last)]
+                row, column = query // self.block - top, key // self.block
+                pairs = pairs | drawn[row.clamp(0, drawn.shape[0] - 1), column]
             return pairs & (key <= query) if self.causal else pairs
 
         def columns(first: int, last: int) -> Tensor:
@@ -62,20 +63,20 @@ class MaskRule:
             near[max(first - window, 0) // self.block : max(last + window, 0) // self.block + 1] = True
             near[: -(-self.global_tokens // self.block)] = True
             if self.random_blocks:
-                near |= drawn[max(first, 0) // self.block : last // self.block + 1].any(dim=0)
+                near |= drawn[max(first, 0) // self.block - top : last // self.block - top + 1].any(dim=0)
             return near[: max(last, 0) // self.block + 1 if self.causal else None].nonzero().flatten()
 
         return BlockMask.from_function(allowed, queries, keys, (rows, self.block), columns)
 
-    def _drawn(self, keys: int) -> Tensor:
-        """(C, C) bool: the random blocks of each block of positions, before it or, if not causal, anywhere."""
-        C = -(-keys // self.block)
-        row, column = torch.arange(C)[:, None], torch.arange(C)[None, :]
+    def _drawn(self, top: int, columns: int) -> Tensor:
+        """(columns - top, columns) bool: the random blocks of each block of positions, before it or, if not causal,
+        anywhere."""
+        row, column = torch.arange(top, columns)[:, None], torch.arange(columns)[None, :]
         chance = _hash(_hash(row + (self.seed << 24)) + column)
         if self.causal:
             chance = chance.masked_fill(column > row, -1)
-        best = chance.topk(min(self.random_blocks, C), dim=1).indices
-        return torch.zeros(C, C, dtype=torch.bool).scatter_(1, best, True) & (chance >= 0)
+        best = chance.topk(min(self.random_blocks, columns), dim=1).indices
+        return torch.zeros(chance.shape, dtype=torch.bool).scatter_(1, best, True) & (chance >= 0)
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -134,3 +134,24 @@ def test_errors():
         BlockMask.causal(64, block=(8, 16))
     with pytest.raises(ValueError, match="expected masks of the same shape"):
         BlockMask.causal(64) | BlockMask.causal(65)
+
+
+def test_stack_gives_each_head_its_mask():
+    masks = [BlockMask.causal(50, block=(16, 16)), BlockMask.sliding_window(50, 5, 9, block=(16, 16))]
+    masks.append(BlockMask.bigbird(50, heads=2, block=(16, 16)))
+    stacked = BlockMask.stack(masks).validate()
+    assert torch.equal(stacked.to_dense(), torch.cat([mask.to_dense() for mask in masks]))
+    with pytest.raises(ValueError, match="expected masks of the same shape and block"):
+        BlockMask.stack([BlockMask.causal(50), BlockMask.causal(51)])
+
+
+def test_a_large_mask_is_drawn_smaller():
+    left = torch.zeros(96, 80).bool()
+    left[:64, :32] = True
+    left[64, 40] = True
+    mask = BlockMask.stack([BlockMask.causal(96, 80, block=(16, 16)), BlockMask.from_dense(left, (16, 16))])
+    assert mask.draw(1, most=3) == "#..\n#..\n.+."
+    text = str(mask)
+    assert text.startswith("BlockMask: 96 x 80, blocks 16x16, 2 heads, 40.0% of the blocks\n\n")
+    assert text.count("\n\n") == 2
+    assert "......" not in mask.draw(1)

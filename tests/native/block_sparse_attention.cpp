@@ -94,6 +94,7 @@ struct Problem {
       }
       a.key_mask = padding.data();
     }
+    a.splits = 1 + random.below(4);
     a.query = view(query, a.heads, queries, width);
     a.key = view(key, 2, keys, width);
     a.value = view(value, 2, keys, value_width);
@@ -194,8 +195,13 @@ void run(Problem& problem, int parts) {
     if (kernel.dtype != problem.dtype || !isa_supported(kernel.isa)) continue;
     kernel.calls++;
     for (Array* grad : {&grad_query, &grad_key, &grad_value}) grad->poison();
+    Scratch split_grads(a.splits > 1 ? a.batch * a.kv_heads * a.splits * a.grad_words() : 1);
+    a.split_grads = a.splits > 1 ? split_grads.poisoned() : nullptr;
+    a.adding = false;
     Scratch scratch(a.scratch());
     for (int part = parts; part-- > 0;) kernel.run(a, part, parts, scratch.poisoned());
+    a.adding = true;
+    for (int part = parts; a.splits > 1 && part-- > 0;) kernel.run(a, part, parts, nullptr);
     const double allowed = a.half ? 0.01 : 2e-5;
     check(problem, kernel, parts, "grad_query", grad_query, problem.grad_query, allowed);
     check(problem, kernel, parts, "grad_key", grad_key, problem.grad_key, allowed);
@@ -213,7 +219,7 @@ int main(int count, char** arguments) {
   for (int64_t width : {1, 2, 3, 8, 17, 64, 128})
     for (Dtype dtype : {f32, bf16})
       for (const auto& block : blocks)
-        for (int64_t queries : {1, 17, 70}) {
+        for (int64_t queries : {1, 3, 17, 70}) {
           if (quick && random.below(4)) continue;
           const int64_t keys = 1 + random.below(150), value_width = random.below(3) ? width : 1 + random.below(40);
           Problem problem(queries, keys, 1 + random.below(2), width, value_width, block[0], block[1], random.below(2), dtype,

@@ -1,6 +1,7 @@
 // Backward, in float: probabilities come again from the scores and their log-sum-exp. Lanes run over queries for the
 // scores and the gradient of the queries, over features for the gradients of keys and values, which add up in scratch
-// over all the queries of a head and all the query heads that share it.
+// over all the queries of a head and all the query heads that share it. Where there are few heads of keys, their queries
+// are split, and a second call adds up the gradients of the splits: always in the same order, whoever computed them.
 #pragma once
 
 #include "heads.h"
@@ -37,6 +38,48 @@ SNLP_INLINE void add_tile(const float* weights, const float* rows, int T, int64_
   }
 }
 
+SNLP_INLINE int64_t cost_of_row(const BlockSparseAttention& a, int64_t head, int64_t block_row) {
+  const int64_t row = a.mask_row(head, block_row);
+  return 1 + a.crow_indices[row + 1] - a.crow_indices[row];
+}
+
+// Of the queries of all heads that share keys.
+SNLP_INLINE int64_t cost_of_head(const BlockSparseAttention& a, int64_t kv_head) {
+  const int64_t group = a.heads / a.kv_heads;
+  int64_t cost = group * a.block_rows();
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+    cost += a.crow_indices[a.mask_row(head, a.block_rows())] - a.crow_indices[a.mask_row(head, 0)];
+  return cost;
+}
+
+// The gradients of keys [from, to) of a head, and of their values, from those of all its keys in rows: the sums over
+// `splits` of them, in order.
+template <class E>
+void store_grads(const BlockSparseAttention& a, int64_t unit, int64_t from, int64_t to, const float* grads, int64_t splits = 1) {
+  auto rows = [&](const float* first, int64_t rounded, int64_t size, E* y) __attribute__((always_inline)) {
+    for (int64_t key = from; key < to; key++)
+      for (int64_t d = 0; d < size; d += kLanes) {
+        const float* at = first + key * rounded + d;
+        Vec sum = load(at);
+        for (int64_t split = 1; split < splits; split++) sum += load(at + split * a.grad_words());
+        store_first(y + (unit * a.keys + key) * size + d, sum, smaller(kLanes, size - d));
+      }
+  };
+  rows(grads, a.padded_width(), a.width, (E*)a.grad_key);
+  rows(grads + a.key_tiles() * a.T * a.padded_width(), a.padded_value_width(), a.value_width, (E*)a.grad_value);
+}
+
+// A share is a range of the keys of all heads.
+template <class E>
+void add_splits(const BlockSparseAttention& a, int part, int parts) {
+  const int64_t all = a.batch * a.kv_heads * a.keys, to = all * (part + 1) / parts;
+  for (int64_t key = all * part / parts; key < to;) {
+    const int64_t unit = key / a.keys, first = key % a.keys, last = smaller(a.keys, first + to - key);
+    store_grads<E>(a, unit, first, last, a.split_grads + unit * a.splits * a.grad_words(), a.splits);
+    key += last - first;
+  }
+}
+
 template <class P>
 struct Backward {
   typedef typename P::Element E;
@@ -48,12 +91,10 @@ struct Backward {
   float *out, *context, *probabilities, *grad_scores, *lse, *delta;
 
   Backward(const BlockSparseAttention& a, float* scratch) : a(a), heads(a, scratch) {
-    const int64_t padded = a.key_tiles() * a.T;
-    width = (a.width + 15) / 16 * 16;
-    value_width = (a.value_width + 15) / 16 * 16;
+    width = a.padded_width();
+    value_width = a.padded_value_width();
     grad_keys = heads.rest;
-    grad_values = grad_keys + padded * width;
-    queries = grad_values + padded * value_width;
+    queries = grad_keys + (a.split_grads ? 0 : a.grad_words());
     grads = queries + a.width * a.T;
     query_rows = grads + a.value_width * a.T;
     grad_rows = query_rows + width * a.T;
@@ -115,7 +156,7 @@ struct Backward {
   void attend_tile(int64_t batch, int64_t head, int64_t block_row, int64_t inside) {
     int32_t source[32];
     const int64_t first = block_row * a.rows + inside, used = rows_of_tile(a, first, source);
-    const E *query = heads.head_of(a.query, batch, head), *grad = heads.head_of(a.grad, batch, head);
+    const E *query = head_of<E>(a.query, batch, head), *grad = head_of<E>(a.grad, batch, head);
     pack_rows<P>(query, a.query.strides[2], source, a.width, a.T, queries);
     pack_rows<P>(grad, a.grad.strides[2], source, a.value_width, a.T, grads);
     copy_rows(query, a.query.strides[2], source, a.width, width, query_rows);
@@ -132,45 +173,44 @@ struct Backward {
     unpack_rows(out, source, a.width, a.T, (E*)a.grad_query + rows * a.width, a.width);
   }
 
-  void store_rows(const float* from, int64_t rounded, int64_t size, E* to) const {
-    for (int64_t key = 0; key < a.keys; key++)
-      for (int64_t d = 0; d < size; d += kLanes)
-        store_first(to + key * size + d, load(from + key * rounded + d), smaller(kLanes, size - d));
-  }
-
-  void attend_head(int64_t batch, int64_t kv_head) {
-    const int64_t group = a.heads / a.kv_heads, padded = a.key_tiles() * a.T;
+  // The queries of one split, which are those of all heads that share the keys.
+  void attend_split(int64_t batch, int64_t kv_head, int64_t split) {
+    const int64_t group = a.heads / a.kv_heads, unit = batch * a.kv_heads + kv_head;
+    const int64_t total = cost_of_head(a, kv_head), from = total * split / a.splits, to = total * (split + 1) / a.splits;
     heads.select(batch, kv_head);
-    memset(grad_keys, 0, padded * (width + value_width) * sizeof(float));
+    if (a.split_grads) grad_keys = a.split_grads + (unit * a.splits + split) * a.grad_words();
+    grad_values = grad_keys + a.key_tiles() * a.T * width;
+    memset(grad_keys, 0, a.grad_words() * sizeof(float));
+    int64_t at = 0;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-      for (int64_t block_row = 0; block_row < a.block_rows(); block_row++)
-        for (int64_t inside = 0; inside < smaller(a.rows, a.queries - block_row * a.rows); inside += a.T)
-          attend_tile(batch, head, block_row, inside);
-    const int64_t rows = (batch * a.kv_heads + kv_head) * a.keys;
-    store_rows(grad_keys, width, a.width, (E*)a.grad_key + rows * a.width);
-    store_rows(grad_values, value_width, a.value_width, (E*)a.grad_value + rows * a.value_width);
+      for (int64_t block_row = 0; block_row < a.block_rows(); block_row++) {
+        if (from <= at && at < to)
+          for (int64_t inside = 0; inside < smaller(a.rows, a.queries - block_row * a.rows); inside += a.T)
+            attend_tile(batch, head, block_row, inside);
+        at += cost_of_row(a, head, block_row);
+      }
+    if (!a.split_grads) store_grads<E>(a, unit, 0, a.keys, grad_keys);
   }
 };
 
-// A share is whole heads of keys: those that begin in its range of blocks.
+// A share is whole splits: those that begin in its range of costs.
 template <class P>
 void block_sparse_attention_backward(const BlockSparseAttention& a, int part, int parts, float* scratch) {
+  if (a.adding) return add_splits<typename P::Element>(a, part, parts);
   Backward<P> backward(a, scratch);
-  const int64_t group = a.kv_heads ? a.heads / a.kv_heads : 0;
   auto units = [&](auto visit) {
     int64_t at = 0;
     for (int64_t batch = 0; batch < a.batch; batch++)
-      for (int64_t kv_head = 0; kv_head < a.kv_heads; kv_head++) {
-        visit(at, batch, kv_head);
-        at++;
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-          at += a.crow_indices[a.mask_row(head, a.block_rows())] - a.crow_indices[a.mask_row(head, 0)];
-      }
+      for (int64_t kv_head = 0; kv_head < a.kv_heads; kv_head++)
+        for (int64_t split = 0; split < a.splits; split++) {
+          visit(at, batch, kv_head, split);
+          at += 1 + cost_of_head(a, kv_head) / a.splits;
+        }
     return at;
   };
   const int64_t total = units([](auto...) {}), from = total * part / parts, to = total * (part + 1) / parts;
-  units([&](int64_t at, int64_t batch, int64_t kv_head) {
-    if (from <= at && at < to) backward.attend_head(batch, kv_head);
+  units([&](int64_t at, auto... split) {
+    if (from <= at && at < to) backward.attend_split(split...);
   });
 }
 

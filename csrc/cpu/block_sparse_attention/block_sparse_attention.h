@@ -29,18 +29,31 @@ struct BlockSparseAttention {
   AttentionRows grad;  // of y
   const float* delta;  // batch x heads x queries
   void *grad_query, *grad_key, *grad_value;  // contiguous
+  int64_t splits;      // of the queries of a head of keys: each adds up gradients of its own, or 1
+  float* split_grads;  // batch x kv_heads x splits x grad_words(), 64-byte aligned, or null for one split
+  bool adding;         // the second call of a kernel, which adds up split_grads: in parts of any number
 
   int64_t block_rows() const { return (queries + rows - 1) / rows; }
   int64_t key_tiles() const { return (keys + T - 1) / T; }
   int64_t mask_row(int64_t head, int64_t row) const { return (mask_heads > 1 ? head : 0) * block_rows() + row; }
 
-  // 4-byte words of scratch that one part needs. The keys and values of a head, with the row of each and the state of
+  int64_t padded_width() const { return (width + 15) / 16 * 16; }
+  int64_t padded_value_width() const { return (value_width + 15) / 16 * 16; }
+  // Of the gradients of all keys and values of a head, in rows.
+  int64_t grad_words() const { return key_tiles() * T * (padded_width() + padded_value_width()); }
+  // Whether queries are too few to share tiles of keys.
+  bool few_queries() const { return queries <= 4; }
+
+  // 4-byte words of scratch that one part needs. For few queries: one of them, and the scores and indices of its keys.
+  // Else the keys and values of a head, with the row of each and the state of
   // each tile; then, forward: a tile of queries, its context twice, and the scores of 128 keys; backward: rows of the
   // gradients of keys and values; a tile of queries and its gradients, feature-major and in rows, and its scores twice.
   size_t scratch() const {
-    const int64_t padded = key_tiles() * T, all = width + value_width, rounded = (width + 15) / 16 * 16 + (value_width + 15) / 16 * 16;
-    if (!grad_query) return padded * (all + 2) + T * (all + value_width + 128);
-    return padded * (all + rounded + 2) + T * (all + rounded + 2 * width + 2 * T + 2);
+    if (adding) return 0;
+    const int64_t padded = key_tiles() * T, all = width + value_width;
+    if (!grad_query) return few_queries() ? padded_width() + 2 * padded : padded * (all + 2) + T * (all + value_width + 128);
+    const int64_t rounded = padded_width() + padded_value_width();
+    return padded * (all + 2) + (split_grads ? 0 : grad_words()) + T * (all + rounded + 2 * width + 2 * T + 2);
   }
 };
 

@@ -6,6 +6,11 @@
 
 namespace {
 
+template <class E>
+SNLP_INLINE const E* head_of(const AttentionRows& rows, int64_t batch, int64_t head) {
+  return (const E*)rows.x + batch * rows.strides[0] + head * rows.strides[1];
+}
+
 enum TileState : int32_t { kUnpacked, kNoKey, kSomeKeys, kAllKeys };
 
 // P: how elements of a row become words, A: how those are multiplied.
@@ -26,10 +31,6 @@ struct Heads {
     source = (int32_t*)(values + padded * a.value_width);
     state = source + padded;
     rest = (float*)(state + padded);
-  }
-
-  static const E* head_of(const AttentionRows& rows, int64_t batch, int64_t head) {
-    return (const E*)rows.x + batch * rows.strides[0] + head * rows.strides[1];
   }
 
   void select(int64_t new_batch, int64_t new_head) {
@@ -60,9 +61,9 @@ struct Heads {
     state[tile] = count == 0 ? kNoKey : count < a.T ? kSomeKeys : kAllKeys;
     if (count == 0) return;
     pack_rows<P>(
-        head_of(a.key, batch, kv_head), a.key.strides[2], source + first, a.width, a.T, keys + tile * words * a.T);
+        head_of<E>(a.key, batch, kv_head), a.key.strides[2], source + first, a.width, a.T, keys + tile * words * a.T);
     pack_rows<typename P::Scalar>(
-        head_of(a.value, batch, kv_head), a.value.strides[2], source + first, a.value_width, a.T, (V*)value_tile(tile));
+        head_of<E>(a.value, batch, kv_head), a.value.strides[2], source + first, a.value_width, a.T, (V*)value_tile(tile));
   }
 };
 

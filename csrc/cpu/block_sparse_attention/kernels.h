@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward.h"
+#include "few_queries.h"
 
 namespace {
 
@@ -76,7 +77,7 @@ struct Forward {
     heads.select(batch, head / (a.heads / a.kv_heads));
     int32_t source[32];
     const int64_t first = block_row * a.rows + inside, used = rows_of_tile(a, first, source);
-    pack_rows<P>(heads.head_of(a.query, batch, head), a.query.strides[2], source, a.width, a.T, queries);
+    pack_rows<P>(head_of<E>(a.query, batch, head), a.query.strides[2], source, a.width, a.T, queries);
     const int64_t row = a.mask_row(head, block_row), rows = (batch * a.heads + head) * a.queries;
     float* lse = a.lse + rows + first;
     for (int t = 0; t < used; t += 2 * kLanes)
@@ -88,6 +89,7 @@ struct Forward {
 // A tile of queries costs as much as its block row has blocks. A share is what begins in its range of costs.
 template <class P, class A>
 void block_sparse_attention(const BlockSparseAttention& a, int part, int parts, float* scratch) {
+  if (a.few_queries()) return few_queries<typename P::Element>(a, part, parts, scratch);
   Forward<P, A> forward(a, scratch);
   auto tiles = [&](auto visit) {
     int64_t at = 0;
