@@ -49,6 +49,7 @@ struct Call {
   ScalarType dtype;
   Tensor query, key, value, grad, crow, col, index, mask, lse, delta;
   std::vector<uint8_t> patterns;
+  std::vector<TilePattern> tiles;
   int64_t work = 0;  // in multiply-adds
 
   Call(const Tensor& query_any, const Tensor& key_any, const Tensor& value_any, const Tensor& crow_any, const Tensor& col_any,
@@ -115,8 +116,11 @@ struct Call {
     for (int64_t p = 0; p < source.size(0); p++)
       for (int64_t i = 0; i < a.rows; i++)
         for (int64_t j = 0; j < a.columns; j++)
-          patterns[(p * a.columns + j) * a.rows + i] = from[(p * a.rows + i) * a.columns + j];
+          patterns[(p * a.columns + j) * a.rows + i] = from[(p * a.rows + i) * a.columns + j] != 0;
     a.patterns = patterns.data();
+    tiles.resize(patterns.size() / (a.T * a.T));
+    find_tiles(a, source.size(0), tiles.data());
+    a.tiles = tiles.data();
     const int64_t blocks = col.size(0) * (a.mask_heads > 1 ? 1 : a.heads) * a.batch;
     work = blocks * a.rows * a.columns * (a.width + a.value_width);
   }

@@ -37,6 +37,7 @@ struct Problem {
   Dtype dtype;
   std::vector<int32_t> crow{0}, col, index;
   std::vector<uint8_t> patterns, padding;
+  std::vector<TilePattern> tiles;
   Array query, key, value, grad, delta;
   std::vector<double> y, lse, grad_query, grad_key, grad_value;
 
@@ -75,7 +76,9 @@ struct Problem {
         if (kind == 0) continue;
         col.push_back((int32_t)j);
         index.push_back(kind == 1 ? -1 : (int32_t)(patterns.size() / (rows_ * columns)));
-        for (int64_t i = 0; kind == 2 && i < rows_ * columns; i++) patterns.push_back((uint8_t)random.below(2));
+        const int64_t empty = random.below(rows_), full = random.below(columns);  // queries; keys of all the others
+        for (int64_t i = 0; kind == 2 && i < rows_ * columns; i++)
+          patterns.push_back((uint8_t)(i % rows_ >= empty && (i / rows_ < full || random.below(2))));
       }
       crow.push_back((int32_t)col.size());
     }
@@ -83,6 +86,9 @@ struct Problem {
     a.col_indices = col.data();
     a.pattern_indices = index.data();
     a.patterns = patterns.data();
+    tiles.resize(patterns.size() / (a.T * a.T));
+    find_tiles(a, (int64_t)patterns.size() / (rows_ * columns), tiles.data());
+    a.tiles = tiles.data();
     if (padded) {
       for (int64_t i = 0; i < 2 * keys; i++) {
         padding.push_back((uint8_t)(random.below(3) > 0 && i != 0));

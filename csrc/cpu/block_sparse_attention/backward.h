@@ -120,35 +120,26 @@ struct Backward {
     constexpr int W = R * kLanes, B = kKeyBlock;
     const int T = a.T;
     for (int64_t i = 0; i < a.width * W; i += kLanes) store(context + i, Vec{});
-    for (int32_t p = a.crow_indices[row]; p < a.crow_indices[row + 1]; p++) {
-      const int64_t from = a.col_indices[p] * a.columns / T, to = smaller(from + a.columns / T, a.key_tiles());
-      const int64_t index = a.pattern_indices[p];
-      for (int64_t tile = from; tile < to; tile++) {
-        const TileState state = heads.use(tile);
-        if (state == kNoKey) continue;
-        const uint8_t* pattern =
-            index < 0 ? nullptr : a.patterns + (index * a.columns + (tile - from) * T) * a.rows + inside + t;
-        const int32_t* real = state == kAllKeys ? nullptr : heads.source + tile * T;
-        multiply_keys<F32, R>(
-            queries + t, heads.key_tile(tile), T, a.width, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
-              Vec p = exp2_below(sum * (a.scale * kLog2e) - load(lse + t + r * kLanes));
-              if (pattern) p = attends(pattern + j * a.rows + r * kLanes) ? p : Vec{};
-              if (real && real[j] < 0) p = Vec{};
-              store(probabilities + j * W + r * kLanes, p);
-            });
-        multiply_keys<F32, R>(
-            grads + t, heads.value_tile(tile), T, a.value_width, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
-              const Vec p = load(probabilities + j * W + r * kLanes), change = sum - load(delta + t + r * kLanes);
-              store(grad_scores + j * W + r * kLanes, p == Vec{} ? Vec{} : p * change * a.scale);
-            });
-        const float* keys = heads.key_tile(tile);
-        int64_t d = 0;
-        for (; d + B <= a.width; d += B) add_values<F32, R, B>(grad_scores, keys + d * T, T, context + d * W);
-        for (; d < a.width; d++) add_values<F32, R, 1>(grad_scores, keys + d * T, T, context + d * W);
-        add_tile<W>(grad_scores, query_rows + t * width, T, width, grad_keys + tile * T * width);
-        add_tile<W>(probabilities, grad_rows + t * value_width, T, value_width, grad_values + tile * T * value_width);
-      }
-    }
+    heads.for_tiles(row, inside, [&](int64_t tile, const uint8_t* pattern, const int32_t* real) __attribute__((always_inline)) {
+      multiply_keys<F32, R>(
+          queries + t, heads.key_tile(tile), T, a.width, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
+            Vec p = exp2_below(sum * (a.scale * kLog2e) - load(lse + t + r * kLanes));
+            if (pattern) p = attends(pattern + j * a.rows + t + r * kLanes) ? p : Vec{};
+            if (real && real[j] < 0) p = Vec{};
+            store(probabilities + j * W + r * kLanes, p);
+          });
+      multiply_keys<F32, R>(
+          grads + t, heads.value_tile(tile), T, a.value_width, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
+            const Vec p = load(probabilities + j * W + r * kLanes), change = sum - load(delta + t + r * kLanes);
+            store(grad_scores + j * W + r * kLanes, p == Vec{} ? Vec{} : p * change * a.scale);
+          });
+      const float* keys = heads.key_tile(tile);
+      int64_t d = 0;
+      for (; d + B <= a.width; d += B) add_values<F32, R, B>(grad_scores, keys + d * T, T, context + d * W);
+      for (; d < a.width; d++) add_values<F32, R, 1>(grad_scores, keys + d * T, T, context + d * W);
+      add_tile<W>(grad_scores, query_rows + t * width, T, width, grad_keys + tile * T * width);
+      add_tile<W>(probabilities, grad_rows + t * value_width, T, value_width, grad_values + tile * T * value_width);
+    });
     for (int64_t d = 0; d < a.width; d++)
       for (int r = 0; r < R; r++) store(out + d * T + t + r * kLanes, load(context + d * W + r * kLanes));
   }

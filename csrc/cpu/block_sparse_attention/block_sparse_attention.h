@@ -10,6 +10,9 @@ struct AttentionRows {
   int64_t strides[3];
 };
 
+// Which pairs of a tile of queries and one of keys attend.
+enum TilePattern : uint8_t { kNoPair, kSomePairs, kAllPairs };
+
 struct BlockSparseAttention {
   AttentionRows query, key, value;
   void* y;     // batch x heads x queries x value_width
@@ -20,7 +23,8 @@ struct BlockSparseAttention {
 
   // The mask: block rows of its heads one after the other, and what the blocks hold.
   const int32_t *crow_indices, *col_indices, *pattern_indices;
-  const uint8_t* patterns;  // P x block columns x block rows, not 0 where a query attends to a key
+  const uint8_t* patterns;  // P x block columns x block rows, 1 where a query attends to a key, else 0
+  const TilePattern* tiles;  // P x tiles of keys x tiles of queries of a block
   int64_t mask_heads, rows, columns;  // rows, columns: of a block, multiples of T
   const uint8_t* key_mask;  // batch x keys, 0 for padding, or null
   int T;                    // 16 or 32: queries and keys in a tile
@@ -56,6 +60,17 @@ struct BlockSparseAttention {
     return padded * (all + 2) + (split_grads ? 0 : grad_words()) + T * (all + rounded + 2 * width + 2 * T + 2);
   }
 };
+
+// The `tiles` of `count` patterns.
+static inline void find_tiles(const BlockSparseAttention& a, int64_t count, TilePattern* tiles) {
+  for (int64_t column = 0; column < count * a.columns; column += a.T)
+    for (int64_t row = 0; row < a.rows; row += a.T) {
+      int attending = 0;
+      for (int64_t j = column; j < column + a.T; j++)
+        for (int64_t i = row; i < row + a.T; i++) attending += a.patterns[j * a.rows + i];
+      *tiles++ = attending == 0 ? kNoPair : attending < a.T * a.T ? kSomePairs : kAllPairs;
+    }
+}
 
 // The kernel computes share `part` of `parts`, of about equal work. `scratch` is private to the call and 64-byte
 // aligned.

@@ -40,9 +40,25 @@ struct Heads {
     memset(state, 0, a.key_tiles() * sizeof *state);
   }
 
-  TileState use(int64_t tile) {
-    if (state[tile] == kUnpacked) pack(tile);
-    return (TileState)state[tile];
+  // visit(tile, pattern, real) for each tile of keys to which some query of the tile at row `inside` of a block row of the
+  // mask attends. pattern: the queries that attend to each key, a.rows apart; real: the keys, negative for padding; each
+  // is null if it leaves nothing out.
+  template <class Visit>
+  inline __attribute__((always_inline)) void for_tiles(int64_t row, int64_t inside, Visit visit) {
+    const int T = a.T;
+    for (int32_t p = a.crow_indices[row]; p < a.crow_indices[row + 1]; p++) {
+      const int64_t from = a.col_indices[p] * a.columns / T, to = smaller(from + a.columns / T, a.key_tiles());
+      const int64_t index = a.pattern_indices[p], first = index * a.columns / T;
+      for (int64_t tile = from; tile < to; tile++) {
+        const TilePattern pairs = index < 0 ? kAllPairs : a.tiles[(first + tile - from) * (a.rows / T) + inside / T];
+        if (pairs == kNoPair) continue;
+        if (state[tile] == kUnpacked) pack(tile);
+        if (state[tile] == kNoKey) continue;
+        visit(
+            tile, pairs == kAllPairs ? nullptr : a.patterns + (first + tile - from) * T * a.rows + inside,
+            state[tile] == kAllKeys ? nullptr : source + tile * T);
+      }
+    }
   }
 
   const float* key_tile(int64_t tile) const { return keys + tile * words * a.T; }

@@ -36,30 +36,21 @@ struct Forward {
       for (int i = 0; i < count; i++) softmax.add(scores + i * T / A::kUnit * W, heads.value_tile(tiles[i]), T);
       count = 0;
     };
-    for (int32_t p = a.crow_indices[row]; p < a.crow_indices[row + 1]; p++) {
-      const int64_t from = a.col_indices[p] * a.columns / T, to = smaller(from + a.columns / T, a.key_tiles());
-      const int64_t index = a.pattern_indices[p];
-      for (int64_t tile = from; tile < to; tile++) {
-        const TileState state = heads.use(tile);
-        if (state == kNoKey) continue;
-        const uint8_t* pattern =
-            index < 0 ? nullptr : a.patterns + (index * a.columns + (tile - from) * T) * a.rows + inside + t;
-        const int32_t* real = state == kAllKeys ? nullptr : heads.source + tile * T;
-        if (count == 0)
-          for (int r = 0; r < R; r++) before[r] = softmax.largest[r];
-        float* to_scores = scores + count * T * W;
-        multiply_keys<A, R>(
-            queries + t, heads.key_tile(tile), T, heads.words, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
-              Vec s = sum * (a.scale * kLog2e);
-              if (pattern) s = attends(pattern + j * a.rows + r * kLanes) ? s : splat(kMasked);
-              if (real && real[j] < 0) s = splat(kMasked);
-              softmax.largest[r] = max(softmax.largest[r], s);
-              store(to_scores + j * W + r * kLanes, s);
-            });
-        tiles[count++] = tile;
-        if (count == kChunk / T) flush();
-      }
-    }
+    heads.for_tiles(row, inside, [&](int64_t tile, const uint8_t* pattern, const int32_t* real) __attribute__((always_inline)) {
+      if (count == 0)
+        for (int r = 0; r < R; r++) before[r] = softmax.largest[r];
+      float* to_scores = scores + count * T * W;
+      multiply_keys<A, R>(
+          queries + t, heads.key_tile(tile), T, heads.words, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
+            Vec s = sum * (a.scale * kLog2e);
+            if (pattern) s = attends(pattern + j * a.rows + t + r * kLanes) ? s : splat(kMasked);
+            if (real && real[j] < 0) s = splat(kMasked);
+            softmax.largest[r] = max(softmax.largest[r], s);
+            store(to_scores + j * W + r * kLanes, s);
+          });
+      tiles[count++] = tile;
+      if (count == kChunk / T) flush();
+    });
     if (count) flush();
     for (int r = 0; r < R; r++) {
       const VecI empty = softmax.largest[r] == splat(kLowest);
