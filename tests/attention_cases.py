@@ -132,6 +132,7 @@ BLOCK_SPARSE_ATTENTION = [
     *(case for n in (1, 2, 15, 16, 17, 33, 64) for case in attention_cases(n, mask="causal")),
     *(case for n in (1, 5, 40) for case in attention_cases(n, 90, mask="causal", padding=True)),
     *(case for n in (1, 5, 40) for case in attention_cases(n, 90, mask="random", heads=4, kv_heads=2)),
+    *attention_cases(3, 90, mask="random", heads=4, kv_heads=2, width=64, padding=True),
     *(case for width in (1, 3, 8, 20, 33, 64, 128) for case in attention_cases(40, mask="causal", width=width)),
     *(case for w, e in ((4, 24), (33, 2), (16, 40)) for case in attention_cases(40, width=w, value_width=e)),
     *(case for mask in MASKS for case in attention_cases(50, mask=mask, heads=6, kv_heads=2, padding=True)),

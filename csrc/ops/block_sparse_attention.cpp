@@ -15,10 +15,6 @@ namespace {
 
 enum Dtype { f32, bf16 };
 
-// Into how many shares the backward pass of fewer heads is split. It depends on no number of threads, so that gradients
-// do not either.
-constexpr int64_t kBackwardShares = 16;
-
 template <Dtype dtype>
 BlockSparseAttentionKernel* forward_kernel() {
 #define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, block_sparse_attention_##type##_##suffix},
@@ -171,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   a.grad_value = grad_value.data_ptr();
   const auto kernel = a.half ? backward_kernel<bf16>() : backward_kernel<f32>();
   const int64_t heads = a.batch * a.kv_heads, rows_of_head = a.heads / a.kv_heads * a.block_rows();
-  a.splits = std::clamp<int64_t>(kBackwardShares / heads, 1, rows_of_head);
+  // By no number of threads, so that gradients do not depend on it.
+  a.splits = std::clamp<int64_t>(kMostSplits / heads, 1, rows_of_head);
   if (a.splits == 1) {
     run_parts(kernel, a, 3 * call.work);
     return {grad_query, grad_key, grad_value};

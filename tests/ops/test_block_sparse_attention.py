@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from attention_cases import BLOCK_SPARSE_ATTENTION, BlockSparseAttentionCase, at
 from backends import each_backend
 
 from sparsenlp import native
-from sparsenlp.formats import BlockMask
+from sparsenlp.formats import BlockMask, MaskRule
 from sparsenlp.ops import block_sparse_attention
 
 CASE = BlockSparseAttentionCase(40, mask="random", heads=4, kv_heads=2, padding=True)
@@ -165,6 +166,15 @@ def test_threads_change_nothing(threads, needs_native):
             assert all(torch.equal(got, wanted) for got, wanted in zip(run(), expected, strict=True))
         finally:
             torch.set_num_threads(before)
+
+
+def test_memory_is_linear_in_the_length(needs_native):
+    """Scores of all pairs, or a mask of them in bytes, would take 4.3 and 1.1 GB."""
+    query, key, value = (torch.randn(1, 1, 32768, 16, requires_grad=True) for _ in range(3))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mask = MaskRule(window=64)(32768)
+    block_sparse_attention(query, key, value, mask).sum().backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KB
 
 
 def test_gradcheck():

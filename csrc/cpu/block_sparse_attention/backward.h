@@ -52,21 +52,31 @@ SNLP_INLINE int64_t cost_of_head(const BlockSparseAttention& a, int64_t kv_head)
   return cost;
 }
 
-// The gradients of keys [from, to) of a head, and of their values, from those of all its keys in rows: the sums over
-// `splits` of them, in order.
+// The gradients of keys [from, to) of a head, and of their values: the sums over `splits`, in order.
 template <class E>
-void store_grads(const BlockSparseAttention& a, int64_t unit, int64_t from, int64_t to, const float* grads, int64_t splits = 1) {
-  auto rows = [&](const float* first, int64_t rounded, int64_t size, E* y) __attribute__((always_inline)) {
-    for (int64_t key = from; key < to; key++)
+void store_grads(const BlockSparseAttention& a, int64_t unit, int64_t from, int64_t to, const float* grads, int64_t splits) {
+  for (int64_t key = from; key < to;) {
+    const int64_t tile = key / a.T, last = smaller(to, (tile + 1) * a.T);
+    const float* parts[kMostSplits];
+    int count = 0;
+    for (int64_t split = 0; split < splits; split++) {
+      const float* all = grads + split * a.grad_words();
+      if (((const int32_t*)(all + a.key_tiles() * a.tile_words()))[tile]) parts[count++] = all + tile * a.tile_words();
+    }
+    auto store_row = [&](int64_t at, int64_t size, E* y) __attribute__((always_inline)) {
       for (int64_t d = 0; d < size; d += kLanes) {
-        const float* at = first + key * rounded + d;
-        Vec sum = load(at);
-        for (int64_t split = 1; split < splits; split++) sum += load(at + split * a.grad_words());
-        store_first(y + (unit * a.keys + key) * size + d, sum, smaller(kLanes, size - d));
+        Vec sum = {};
+        for (int i = 0; i < count; i++) sum += load(parts[i] + at + d);
+        store_first(y + d, sum, smaller(kLanes, size - d));
       }
-  };
-  rows(grads, a.padded_width(), a.width, (E*)a.grad_key);
-  rows(grads + a.key_tiles() * a.T * a.padded_width(), a.padded_value_width(), a.value_width, (E*)a.grad_value);
+    };
+    for (; key < last; key++) {
+      const int64_t row = unit * a.keys + key, inside = key % a.T;
+      store_row(inside * a.padded_width(), a.width, (E*)a.grad_key + row * a.width);
+      store_row(
+          a.T * a.padded_width() + inside * a.padded_value_width(), a.value_width, (E*)a.grad_value + row * a.value_width);
+    }
+  }
 }
 
 // A share is a range of the keys of all heads.
@@ -86,15 +96,15 @@ struct Backward {
   const BlockSparseAttention& a;
   Heads<P, F32> heads;
   int64_t width, value_width;                      // rounded up, of rows
-  float *grad_keys, *grad_values;                  // rows of all keys
+  float* grads_of_keys;                            // and values, as grad_words() says
   float *queries, *grads, *query_rows, *grad_rows;  // of one tile
   float *out, *context, *probabilities, *grad_scores, *lse, *delta;
 
   Backward(const BlockSparseAttention& a, float* scratch) : a(a), heads(a, scratch) {
     width = a.padded_width();
     value_width = a.padded_value_width();
-    grad_keys = heads.rest;
-    queries = grad_keys + (a.split_grads ? 0 : a.grad_words());
+    grads_of_keys = heads.rest;
+    queries = grads_of_keys + (a.split_grads ? 0 : a.grad_words());
     grads = queries + a.width * a.T;
     query_rows = grads + a.value_width * a.T;
     grad_rows = query_rows + width * a.T;
@@ -137,8 +147,12 @@ struct Backward {
       int64_t d = 0;
       for (; d + B <= a.width; d += B) add_values<F32, R, B>(grad_scores, keys + d * T, T, context + d * W);
       for (; d < a.width; d++) add_values<F32, R, 1>(grad_scores, keys + d * T, T, context + d * W);
-      add_tile<W>(grad_scores, query_rows + t * width, T, width, grad_keys + tile * T * width);
-      add_tile<W>(probabilities, grad_rows + t * value_width, T, value_width, grad_values + tile * T * value_width);
+      float* sums = grads_of_keys + tile * a.tile_words();
+      int32_t* used = (int32_t*)(grads_of_keys + a.key_tiles() * a.tile_words()) + tile;
+      if (!*used) memset(sums, 0, a.tile_words() * sizeof(float));
+      *used = 1;
+      add_tile<W>(grad_scores, query_rows + t * width, T, width, sums);
+      add_tile<W>(probabilities, grad_rows + t * value_width, T, value_width, sums + T * width);
     });
     for (int64_t d = 0; d < a.width; d++)
       for (int r = 0; r < R; r++) store(out + d * T + t + r * kLanes, load(context + d * W + r * kLanes));
@@ -169,9 +183,8 @@ struct Backward {
     const int64_t group = a.heads / a.kv_heads, unit = batch * a.kv_heads + kv_head;
     const int64_t total = cost_of_head(a, kv_head), from = total * split / a.splits, to = total * (split + 1) / a.splits;
     heads.select(batch, kv_head);
-    if (a.split_grads) grad_keys = a.split_grads + (unit * a.splits + split) * a.grad_words();
-    grad_values = grad_keys + a.key_tiles() * a.T * width;
-    memset(grad_keys, 0, a.grad_words() * sizeof(float));
+    if (a.split_grads) grads_of_keys = a.split_grads + (unit * a.splits + split) * a.grad_words();
+    memset(grads_of_keys + a.key_tiles() * a.tile_words(), 0, a.key_tiles() * sizeof(int32_t));
     int64_t at = 0;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
       for (int64_t block_row = 0; block_row < a.block_rows(); block_row++) {
@@ -180,7 +193,7 @@ struct Backward {
             attend_tile(batch, head, block_row, inside);
         at += cost_of_row(a, head, block_row);
       }
-    if (!a.split_grads) store_grads<E>(a, unit, 0, a.keys, grad_keys);
+    if (!a.split_grads) store_grads<E>(a, unit, 0, a.keys, grads_of_keys, 1);
   }
 };
 

@@ -10,6 +10,8 @@ struct AttentionRows {
   int64_t strides[3];
 };
 
+constexpr int64_t kMostSplits = 16;
+
 // Which pairs of a tile of queries and one of keys attend.
 enum TilePattern : uint8_t { kNoPair, kSomePairs, kAllPairs };
 
@@ -33,7 +35,7 @@ struct BlockSparseAttention {
   AttentionRows grad;  // of y
   const float* delta;  // batch x heads x queries
   void *grad_query, *grad_key, *grad_value;  // contiguous
-  int64_t splits;      // of the queries of a head of keys: each adds up gradients of its own, or 1
+  int64_t splits;      // of the queries of a head of keys, which add up gradients of their own: 1 to kMostSplits
   float* split_grads;  // batch x kv_heads x splits x grad_words(), 64-byte aligned, or null for one split
   bool adding;         // the second call of a kernel, which adds up split_grads: in parts of any number
 
@@ -43,8 +45,10 @@ struct BlockSparseAttention {
 
   int64_t padded_width() const { return (width + 15) / 16 * 16; }
   int64_t padded_value_width() const { return (value_width + 15) / 16 * 16; }
-  // Of the gradients of all keys and values of a head, in rows.
-  int64_t grad_words() const { return key_tiles() * T * (padded_width() + padded_value_width()); }
+  // Of the gradients of all keys and values of a head: a tile's keys in rows, then its values, and for each tile whether
+  // anything was added to it, without which it holds nothing.
+  int64_t tile_words() const { return T * (padded_width() + padded_value_width()); }
+  int64_t grad_words() const { return key_tiles() * tile_words() + (key_tiles() + 15) / 16 * 16; }
   // Whether queries are too few to share tiles of keys.
   bool few_queries() const { return queries <= 4; }
 
