@@ -18,8 +18,8 @@ class SparseAttention(nn.Module):
     """x (B, L, features) -> (B, L, features): projections, block-sparse attention of each head, output projection.
 
     heads     of queries; features are divided among them
-    mask_of   makes the mask for a length, such as `lambda q, k: BlockMask.sliding_window(q, 128, 128, k)`; called
-              once for each pair of lengths in a row
+    mask_of   makes the mask for a length, such as MaskRule(window=128, causal=True); called once for each pair of
+              lengths in a row
     kv_heads  of keys and values, which divide heads; None: as many as heads
 
     The state dict holds query, key, value and output, each an nn.Linear.

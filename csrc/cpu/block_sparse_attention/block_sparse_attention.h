@@ -50,7 +50,7 @@ struct BlockSparseAttention {
   int64_t tile_words() const { return T * (padded_width() + padded_value_width()); }
   int64_t grad_words() const { return key_tiles() * tile_words() + (key_tiles() + 15) / 16 * 16; }
   // Whether queries are too few to share tiles of keys.
-  bool few_queries() const { return queries <= 4; }
+  bool few_queries() const { return queries <= 8; }
 
   // 4-byte words of scratch that one part needs. For few queries: one of them, and the scores and indices of its keys.
   // Else the keys and values of a head, with the row of each and the state of

@@ -39,13 +39,12 @@ struct FewQueries {
   float score(const E* rows, int64_t ld) const {
     Vec most = splat(kLowest);
     for (int64_t p = 0; p < count; p += kLanes) {
-      Vec r[kLanes] = {};
-      for (int64_t d = 0; d < a.width; d += kLanes) {
-        const Vec q = load(query + d);
-        SNLP_UNROLL for (int i = 0; i < kLanes; i++) {
-          const E* at = rows + keys[p + i] * ld + d;
-          r[i] += q * (Whole ? load(at) : load_first(at, smaller(kLanes, a.width - d)));
-        }
+      Vec r[kLanes];
+      SNLP_UNROLL for (int i = 0; i < kLanes; i++) {
+        const E* key = rows + keys[p + i] * ld;
+        r[i] = Vec{};
+        for (int64_t d = 0; d < a.width; d += kLanes)
+          r[i] += load(query + d) * (Whole ? load(key + d) : load_first(key + d, smaller(kLanes, a.width - d)));
       }
       transpose(r);
       SNLP_UNROLL for (int step = kLanes / 2; step > 0; step /= 2)
@@ -101,17 +100,17 @@ struct FewQueries {
   }
 };
 
-// A share is a range of queries, of all sequences and heads.
+// A share is a range of queries, of all sequences and heads; those of a head follow each other, and find its keys in cache.
 template <class E>
 void few_queries(const BlockSparseAttention& a, int part, int parts, float* scratch) {
   FewQueries<E> few(a, scratch);
   const bool whole = a.width % kLanes == 0 && a.value_width % (2 * kLanes) == 0;
   const int64_t group = a.heads / a.kv_heads, units = a.batch * a.queries * a.heads;
-  int64_t gathered = -1;
+  int64_t gathered = -1;  // of which sequence and query
   for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; unit++) {
-    const int64_t head = unit % a.heads, i = unit / a.heads % a.queries, batch = unit / a.heads / a.queries;
-    if (a.mask_heads > 1 || unit / a.heads != gathered) few.gather(batch, head, i);
-    gathered = unit / a.heads;
+    const int64_t i = unit % a.queries, head = unit / a.queries % a.heads, batch = unit / a.queries / a.heads;
+    if (a.mask_heads > 1 || batch * a.queries + i != gathered) few.gather(batch, head, i);
+    gathered = batch * a.queries + i;
     const int64_t row = (batch * a.heads + head) * a.queries + i;
     E* y = (E*)a.y + row * a.value_width;
     if (few.count == 0) {
