@@ -3,11 +3,16 @@
     python bench/gpu_static.py [--only TEXT] [--targets sm_80 sm_90 sm_100 gfx942]
 
 machine code  for each row of tests/gpu/kernel_cases.py, compiled at its large size: registers, shared memory, the CTAs
-              that fit on one processor and the share of its warps that they fill, and how many instructions there are
-              of each class
+              that fit on one processor and the share of its warps that they fill, what a turn of its loop multiplies
+              and reads, and how many instructions there are of each class; the CUDA kernels where nvcc has built them
 roofline      for standard layers: the least time that memory and arithmetic allow, dense and at three sparsities.
               No kernel reaches it, and a sparse kernel is further from it than a dense one: it bounds the gain, it
               does not predict it
+break-even    for bsr_linear, by block and dtype: the share of the peak that its loop can reach, what bounds it, and the
+              sparsity from which the layer is predicted to be faster than dense, beside the published ones of another
+              kernel
+
+gpu_model.py has the formulas, and what they leave out.
 """
 
 from __future__ import annotations
@@ -16,52 +21,33 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
 
 import gates  # noqa: E402  (these need the path above)
+import nvcc  # noqa: E402
+import torch  # noqa: E402
+from bsr_linear_rows import forward, large  # noqa: E402
+from gpu_loop import Loop, hot_loop  # noqa: E402
+from gpu_model import (  # noqa: E402
+    GPUS,
+    LAYERS,
+    PROCESSORS,
+    SPARSITIES,
+    TOKENS,
+    Layer,
+    break_even,
+    ctas_per_processor,
+    efficiency,
+    floor,
+)
 from harness import print_table  # noqa: E402
 from kernel_cases import ROWS  # noqa: E402
 from launches import compile_launch  # noqa: E402
 from problems import PACKAGE, Row  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Processor:
-    """What the CTAs of one multiprocessor share. Source: CUDA C++ Programming Guide, "Technical Specifications"."""
-
-    warps: int
-    ctas: int
-    registers: int = 65536
-    shared: int = 0  # bytes
-    reserved: int = 1024  # bytes of shared memory that each CTA loses
-
-
-PROCESSORS = {
-    "sm_80": Processor(64, 32, shared=164 * 1024),
-    "sm_90": Processor(64, 32, shared=228 * 1024),
-    "sm_100": Processor(64, 32, shared=228 * 1024),
-}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peaks of the data sheet: dense tensor cores with float32 sums, float32 FMA, memory."""
-
-    name: str
-    half_tflops: float
-    float_tflops: float
-    gbytes: float  # per second
-
-
-GPUS = [Gpu("A100 80GB", 312, 19.5, 2039), Gpu("H100 SXM", 989, 67, 3350), Gpu("RTX 4090", 165, 82.6, 1008)]
-LAYERS = [(768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 14336)]  # K -> N
-TOKENS = [1, 128, 4096]
-SPARSITIES = [0.0, 0.5, 0.75, 0.9]
 
 CLASSES = {
     "tensor core": gates.TENSOR_CORE,
@@ -72,41 +58,58 @@ CLASSES = {
     "barrier": re.compile(r"BAR|SYNCS|s_barrier"),
 }
 
+# Of csrc/cuda/nm_linear, by kernel: rows of W and tokens of a block, for 128 bytes of each token a turn.
+NM_LINEAR_TILES = {"large": (128, 128), "small": (64, 32), "few": (16, 8)}
 
-def ctas_per_processor(registers: int, shared: int, warps: int, processor: Processor) -> tuple[int, str]:
-    """How many CTAs fit, and what limits them. Registers are allocated by warp, in units of 256."""
-    per_warp = -(-registers * 32 // 256) * 256
-    limits = {
-        "registers": processor.registers // per_warp // warps,
-        "shared memory": processor.shared // (-(-shared // 128) * 128 + processor.reserved),
-        "warps": processor.warps // warps,
-        "CTAs": processor.ctas,
-    }
-    limit = min(limits, key=lambda name: limits[name])
-    return limits[limit], limit
+BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (8, 1), (32, 1)]
+DTYPES = [torch.float16, torch.float32]
+PUBLISHED_LAYER = 4096, 4096  # with 4096 tokens
+# Sparsity from which torch 2.1's Triton kernel for BSR was faster than torch.matmul on an A100 80GB, 4096 x 4096 by
+# 4096 x 4096, read off the text of https://labs.quansight.org/blog/pytorch-2-1-quansights-improvements-to-bsr-sparse-
+# matrix-multiplication (October 2023). Its float32 may have been multiplied as TF32; ours is not.
+PUBLISHED = {
+    (torch.float32, (16, 16)): "70%",
+    (torch.float32, (32, 32)): "almost 0%",
+    (torch.float32, (64, 64)): "almost 0%",
+    (torch.float16, (16, 16)): "above 90%",
+    (torch.float16, (32, 32)): "above 80%",
+    (torch.float16, (64, 64)): "60%",
+}
+
+
+def occupancy(registers: int, shared: int, warps: int, target: str) -> dict[str, Any]:
+    processor = PROCESSORS[target]
+    ctas, limit = ctas_per_processor(registers, shared, warps, processor)
+    return {"CTAs": ctas, "occupancy": f"{ctas * warps / processor.warps:.0%}", "limited by": limit}
 
 
 def machine_code(row: Row, target: str) -> Iterator[dict[str, Any]]:
     """A line for each launch of a row."""
     for launch in row.large(PACKAGE, target).launches:
         compiled = compile_launch(launch, gates.TARGETS[target])
-        used = gates.usage(compiled)
+        used, warps, loop = gates.usage(compiled), compiled.metadata.num_warps, hot_loop(compiled)
         line = {"kernel": row.name, "target": target, "registers": used.registers, "shared bytes": used.shared}
-        line["warps"] = warps = compiled.metadata.num_warps
-        if target in PROCESSORS:
-            processor = PROCESSORS[target]
-            ctas, limit = ctas_per_processor(used.registers, used.shared, warps, processor)
-            line |= {"CTAs": ctas, "occupancy": f"{ctas * warps / processor.warps:.0%}", "limited by": limit}
+        line |= {"warps": warps, **occupancy(used.registers, used.shared, warps, target)}
+        if loop is not None:
+            line |= {"FLOPs a turn": loop.flops, "bytes a turn": loop.bytes, "FLOPs a byte": f"{loop.intensity:.1f}"}
         line |= {name: used.count(pattern) for name, pattern in CLASSES.items()}
         yield line | {"instructions": used.instructions.total()}
 
 
-def floor(tokens: int, inputs: int, outputs: int, sparsity: float, gpu: Gpu) -> tuple[float, str]:
-    """Least microseconds of y = x Wᵀ in float16, and whether memory or arithmetic bounds it; indices are left out."""
-    stored = inputs * outputs * (1 - sparsity)
-    memory = 2 * (tokens * (inputs + outputs) + stored) / (gpu.gbytes * 1e3)
-    arithmetic = 2 * tokens * stored / (gpu.half_tflops * 1e6)
-    return max(memory, arithmetic), "memory" if memory >= arithmetic else "arithmetic"
+def cuda_machine_code(target: str) -> Iterator[dict[str, Any]]:
+    """A line for each kernel of csrc/cuda; FLOPs are those of stored values, a warp of `few` takes a turn alone."""
+    for name, code in sorted(nvcc.machine_code(target).items()):
+        launch = nvcc.nm_linear_launch(name)
+        shared, warps = code.shared + launch.shared_bytes, launch.threads // 32
+        line = {"kernel": name, "target": target, "registers": code.registers, "shared bytes": shared, "warps": warps}
+        line |= occupancy(code.registers, shared, warps, target)
+        rows, tokens = NM_LINEAR_TILES[name.split("_")[2]]
+        columns = 128 if "_i8_" in name else 64
+        loop = Loop(2 * rows * tokens * columns // 2, tokens * 128 + rows * (64 + columns // 8))
+        line |= {"FLOPs a turn": loop.flops, "bytes a turn": loop.bytes, "FLOPs a byte": f"{loop.intensity:.1f}"}
+        opcodes = code.opcodes.items()
+        line |= {c: sum(n for o, n in opcodes if pattern.match(o)) for c, pattern in CLASSES.items()}
+        yield line | {"instructions": code.opcodes.total()}
 
 
 def roofline() -> Iterator[dict[str, Any]]:
@@ -115,8 +118,30 @@ def roofline() -> Iterator[dict[str, Any]]:
             for tokens in TOKENS:
                 line: dict[str, Any] = {"GPU": gpu.name, "layer": f"{inputs} -> {outputs}", "tokens": tokens}
                 for sparsity in SPARSITIES:
-                    time, bound = floor(tokens, inputs, outputs, sparsity, gpu)
+                    time, bound = floor(Layer(tokens, inputs, outputs), sparsity, gpu)
                     line[f"{sparsity:.0%} sparse, us"] = f"{time:.2f} {bound}"
+                yield line
+
+
+def break_evens() -> Iterator[dict[str, Any]]:
+    """A line for each dtype, block and GPU: by 4096 tokens and by one."""
+    for dtype in DTYPES:
+        for block in BLOCKS:
+            for gpu in GPUS:
+                line: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "block": "{}x{}".format(*block)}
+                line["GPU"] = gpu.name
+                for tokens in (4096, 1):
+                    problem = forward(large(min(tokens, 256), block, dtype=dtype))(PACKAGE, gpu.target)
+                    compiled = compile_launch(problem.launches[0], gates.TARGETS[gpu.target])
+                    loop = hot_loop(compiled)
+                    assert loop is not None
+                    reached, bound = efficiency(loop, compiled.metadata.num_warps, dtype.itemsize, gpu)
+                    layer = Layer(tokens, *PUBLISHED_LAYER, dtype.itemsize)
+                    if tokens > 1:
+                        line |= {"share of the peak, at most": f"{reached:.0%}", "bound by": bound}
+                    line[f"break-even, tokens: {tokens}"] = f"{break_even(layer, block, reached, gpu):.0%}"
+                if gpu.name.startswith("A100"):
+                    line["published, another kernel"] = PUBLISHED.get((dtype, block), "")
                 yield line
 
 
@@ -128,8 +153,15 @@ def main() -> None:
     rows = [row for row in ROWS if arguments.only in row.name]
     print("# Not measured: read off the compiled machine code\n")
     print_table([line for row in rows for t in row.targets if t in arguments.targets for line in machine_code(row, t)])
-    print("\n# Not measured: the roofline's floor, from data sheets\n")
+    if nvcc.WHY_NOT:
+        print(f"\nCUDA kernels are left out: {nvcc.WHY_NOT}")
+    else:
+        print("\n# Not measured: the CUDA kernels' machine code\n")
+        print_table([line for t in arguments.targets if t.startswith("sm_") for line in cuda_machine_code(t)])
+    print("\n# Not measured: the roofline's floor in float16, from data sheets\n")
     print_table(list(roofline()))
+    print("\n# Not measured: break-even sparsity of bsr_linear, 4096 -> 4096, predicted from the compiled loop\n")
+    print_table(list(break_evens()))
 
 
 if __name__ == "__main__":

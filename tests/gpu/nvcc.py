@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -11,7 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sparsenlp import native_cuda
+from sparsenlp.ops import nm_linear_cuda
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 NVCC = None if os.environ.get("SPARSENLP_CUDA") == "0" else shutil.which(os.environ.get("NVCC") or "nvcc")
@@ -65,3 +69,36 @@ def machine_code(target: str) -> dict[str, MachineCode]:
         name, _, code = part.partition("\n")
         kernels[name].opcodes.update(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code))
     return kernels
+
+
+class CudaLaunch(ctypes.Structure):
+    """struct CudaLaunch of csrc/cuda/export.h."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("blocks", ctypes.c_int64),
+        ("threads", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+    )
+
+
+NM_LINEAR_TYPES = {
+    "f16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "i8_f32": (torch.int8, torch.float32),
+    "i8_f16": (torch.int8, torch.float16),
+    "i8_bf16": (torch.int8, torch.bfloat16),
+}
+"""Name in nm_linear.inc: (dtype of W, dtype of y)."""
+
+
+def nm_linear_launch(name: str) -> CudaLaunch:
+    """How the library would launch the kernel of this name, for 8 tokens."""
+    kernel, types = name.removeprefix("nm_linear_").split("_", 1)
+    number = [known for known, _ in nm_linear_cuda.KERNELS].index(kernel)
+    dtype, y_dtype = (nm_linear_cuda.DTYPES[dtype] for dtype in NM_LINEAR_TYPES[types])
+    arguments = nm_linear_cuda.Arguments(M=8, N=64, K=64, dtype=dtype, y_dtype=y_dtype)
+    launch = CudaLaunch()
+    assert native_cuda.library().sparsenlp_nm_linear_plan(ctypes.byref(arguments), number, ctypes.byref(launch)) == 0
+    assert launch.kernel.decode() == name
+    return launch

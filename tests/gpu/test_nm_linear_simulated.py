@@ -24,17 +24,6 @@ SCHEDULES = [ptx.LockStep(), ptx.Adversarial(0)]
 LARGE, SMALL, FEW = range(3)
 
 
-class CudaLaunch(ctypes.Structure):
-    """struct CudaLaunch of csrc/cuda/export.h."""
-
-    _fields_ = (
-        ("kernel", ctypes.c_char_p),
-        ("blocks", ctypes.c_int64),
-        ("threads", ctypes.c_int),
-        ("shared_bytes", ctypes.c_int),
-    )
-
-
 def case(tokens: int, rows: int, columns: int, dtype: torch.dtype, int8: bool = False, **options) -> NMLinearCase:
     return NMLinearCase((tokens,), rows, columns, dtype=dtype, int8=int8, **options)
 
@@ -99,7 +88,7 @@ def simulate(text: str, kernel: int, case: NMLinearCase, schedule: ptx.LockStep 
     packed = pack(weight.indices, weight.pattern)
     rest = (case.bias_vector(), case.activation, case.residual_tensor(), weight.scales, 0.0)
     arguments, held = nm_linear_cuda.prepare(x, weight.values, packed, *rest, y, "simulated")
-    launch = CudaLaunch()
+    launch = nvcc.CudaLaunch()
     assert native_cuda.library().sparsenlp_nm_linear_plan(ctypes.byref(arguments), kernel, ctypes.byref(launch)) == 0
     pointers = [
         held[name].view(torch.uint8).numpy().reshape(-1) if name in held else 0
@@ -179,16 +168,13 @@ BUDGETS = {
     "nm_linear_small": {"sm_80": (126, 36864), "sm_90": (128, 37888), "sm_100": (54, 37888)},
     "nm_linear_few": {"sm_80": (80, 5120), "sm_90": (80, 6144), "sm_100": (64, 6144)},
 }
-TYPES = {"f16": (HALF, False), "bf16": (BFLOAT16, False)} | {
-    f"i8_{name}": (dtype, True) for name, dtype in (("f32", FLOAT32), ("f16", HALF), ("bf16", BFLOAT16))
-}
 
 
 @pytest.mark.skipif(nvcc.cuobjdump() is None, reason="cuobjdump is neither on the PATH nor in a wheel of Triton")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_machine_code(target):
     kernels = nvcc.machine_code(target)
-    assert set(kernels) == {f"{kernel}_{name}" for kernel in BUDGETS for name in TYPES}
+    assert set(kernels) == {f"{kernel}_{name}" for kernel in BUDGETS for name in nvcc.NM_LINEAR_TYPES}
     for name, code in kernels.items():
         kernel, number = next((k, i) for i, k in enumerate(BUDGETS) if name.startswith(k))
         registers, shared = BUDGETS[kernel][target]
@@ -197,16 +183,5 @@ def test_machine_code(target):
         if number != FEW:
             assert code.count("LDGSTS") > 0, f"{name}: the loads are not pipelined"
         assert code.registers <= registers, f"{name}: {code.registers} registers"
-        assert code.shared + dynamic_shared(number, name) <= shared, (
-            f"{name}: {code.shared} + {dynamic_shared(number, name)} bytes"
-        )
-
-
-def dynamic_shared(kernel: int, name: str) -> int:
-    dtype, int8 = TYPES[name.split("_", 3)[3]]
-    sizes = {"M": 8, "N": 64, "K": 64, "y_dtype": nm_linear_cuda.DTYPES[dtype]}
-    arguments = nm_linear_cuda.Arguments(**sizes, dtype=nm_linear_cuda.DTYPES[torch.int8 if int8 else dtype])
-    launch = CudaLaunch()
-    assert native_cuda.library().sparsenlp_nm_linear_plan(ctypes.byref(arguments), kernel, ctypes.byref(launch)) == 0
-    assert launch.kernel.decode() == name
-    return launch.shared_bytes
+        used = code.shared + nvcc.nm_linear_launch(name).shared_bytes
+        assert used <= shared, f"{name}: {used} bytes of shared memory"
