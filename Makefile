@@ -30,7 +30,7 @@ test: build
 
 # The GPU kernels without a GPU: compiled, executed in an interpreter, and with bugs that the checks must catch.
 test-gpu-sim: build
-	$(BIN)/python -m pytest tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/gpu --all-checks
 
 # The GPU kernels on a GPU: built, tested, sanitized and timed, in ten minutes. Nothing is installed: PYTHON has torch.
 gpu:

@@ -17,7 +17,8 @@ def forward(case: BlockSparseAttentionCase) -> Callable[[str, str], Problem]:
         module = importlib.import_module(f"{package}.block_sparse_attention")
         y, lse = case.expected()
         outputs = [torch.full(y.shape, torch.nan, dtype=case.dtype), torch.full(lse.shape, torch.nan)]
-        return Problem([module.plan(*case.raw_arguments(), *outputs)], outputs, [y, lse], case.tolerance)
+        launch = module.plan(*case.raw_arguments(), *outputs, module.Device(target, 1))
+        return Problem([launch], outputs, [y, lse], case.tolerance)
 
     return build
 
@@ -31,8 +32,9 @@ def gradients(case: BlockSparseAttentionCase) -> Callable[[str, str], Problem]:
         (y, lse), (grad, grad_lse) = case.expected(), case.grad()
         delta = ((grad.double() * y).sum(3) - grad_lse).float()
         outputs = [torch.full_like(t, torch.nan) for t in (query, key, value)]
-        launches = module.plan_backward(grad, query, key, value, lse.float(), delta, *rest, *outputs)
-        return Problem(list(launches), outputs, list(case.expected_grads()), case.grad_tolerance)
+        device = module.Device(target, 1)
+        launches = module.plan_backward(grad, query, key, value, lse.float(), delta, *rest, *outputs, device)
+        return Problem(launches, outputs, list(case.expected_grads()), case.grad_tolerance)
 
     return build
 
@@ -77,7 +79,7 @@ ROWS = [
             Mutation("every query head has keys of its own", FORWARD, "head // GROUP", "head"),
             Mutation("a width that is not masked", FORWARD, "if WIDTH < BLOCK:", "if WIDTH < 0:"),
             Mutation("the context is not rescaled", FORWARD, "acc * shrink[:, None]", "acc"),
-            Mutation("keys that are not loaded ahead", FORWARD, '"num_stages": 2', '"num_stages": 1'),
+            Mutation("keys that are not loaded ahead", FORWARD, 'sides["stages"]', "1"),
             Mutation(
                 "addresses of queries in 32 bits",
                 FORWARD,
@@ -94,7 +96,9 @@ ROWS = [
             Mutation("delta is forgotten", BACKWARD, " - delta[None, :]", ""),
             Mutation("only the first of the heads that share keys", BACKWARD, "range(0, GROUP)", "range(0, 1)"),
             Mutation("rows are not those of the block", BACKWARD, "tl.load(row_ptr + p)", "tl.load(row_ptr + start)"),
-            Mutation("patterns in the order of rows", BACKWARD, "pattern_indices[order]", "pattern_indices"),
+            Mutation(
+                "patterns in the order of rows", BACKWARD, "pattern_indices.index_select(0, order)", "pattern_indices"
+            ),
         ),
     ),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+ALL_CHECKS = "--all-checks"
 CATCHES = pytest.StashKey[list[tuple[str, str, dict[str, str | None]]]]()
 
 
@@ -17,15 +18,45 @@ def triton_cache(tmp_path_factory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def record_catches(pytestconfig) -> Callable[[str, str, dict[str, str | None]], None]:
-    """record(kernel, bug, {check: what it said, None where it noticed nothing}) adds a row to the table."""
+@pytest.fixture
+def assert_caught(pytestconfig) -> Callable[[str, str, dict[str, Callable[[], str | None]]], None]:
+    """assert_caught(kernel, bug, {name: check}): some check says something, where others may return None or "".
+
+    Checks after the first that notices are left out, but for --all-checks, which fills the table.
+    """
     rows = pytestconfig.stash.setdefault(CATCHES, [])
-    return lambda kernel, bug, catches: rows.append((kernel, bug, catches))
+
+    def run(kernel: str, bug: str, checks: dict[str, Callable[[], str | None]]) -> None:
+        catches: dict[str, str | None] = {}
+        for name, check in checks.items():
+            catches[name] = check()
+            if catches[name] and not pytestconfig.getoption(ALL_CHECKS, default=False):
+                return
+        rows.append((kernel, bug, catches))
+        assert any(catches.values()), f"no check catches {bug!r} in {kernel}"
+
+    return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(ALL_CHECKS, action="store_true", help="try every check on every bug on purpose, print a table")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # in a worker of pytest-xdist
+        session.config.workeroutput["catches"] = session.config.stash.get(CATCHES, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """What a worker of pytest-xdist found."""
+    rows = [tuple(row) for row in getattr(node, "workeroutput", {}).get("catches", [])]
+    node.config.stash.setdefault(CATCHES, []).extend(rows)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if rows := config.stash.get(CATCHES, []):
+    rows = config.stash.get(CATCHES, [])
+    if rows and config.getoption(ALL_CHECKS, default=False):
         terminalreporter.section("bugs on purpose, and which check catches them")
         terminalreporter.write_line("\n".join(table(rows)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from functools import partial
 
 import nvcc
 import ptx
@@ -141,15 +142,16 @@ def caught_by(text: str, kernel: int, case: NMLinearCase, schedule: ptx.LockStep
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=BUGS.values())
-def test_seeded_bug_is_caught(bug, two_types, tmp_path, record_catches):
+def test_seeded_bug_is_caught(bug, two_types, tmp_path, assert_caught):
     text = nvcc.compile_ptx("nm_linear", tmp_path, bug, two_types)
     kernel, cases = (FEW, FEW_CASES) if bug > 20 else (SMALL, MANY_CASES)
-    catches = {
-        check: next(filter(None, (caught_by(text, kernel, case, schedule) for case in cases)), None)
-        for check, schedule in zip(("PTX lock-step", "PTX adversarial"), SCHEDULES, strict=True)
-    }
-    record_catches(f"nm_linear {nm_linear_cuda.KERNELS[kernel][0]}", BUGS[bug], catches)
-    assert any(catches.values()), f"nothing notices: {BUGS[bug]}"
+
+    def first_catch(schedule: ptx.LockStep | ptx.Adversarial) -> str | None:
+        return next(filter(None, (caught_by(text, kernel, case, schedule) for case in cases)), None)
+
+    names = "PTX lock-step", "PTX adversarial"
+    checks = {name: partial(first_catch, schedule) for name, schedule in zip(names, SCHEDULES, strict=True)}
+    assert_caught(f"nm_linear {nm_linear_cuda.KERNELS[kernel][0]}", BUGS[bug], checks)
 
 
 def test_every_seeded_bug_is_listed():

@@ -6,6 +6,7 @@ Source: PTX ISA 4 (syntax), 5.2-5.4 (types, variables), 6.4 (operands).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ def entries(ptx: str) -> list[str]:
     return re.findall(r"\.entry\s+([\w$]+)", ptx)
 
 
+@functools.lru_cache(maxsize=8)  # a kernel runs under several schedules; nothing changes what is parsed
 def parse(ptx: str, name: str) -> Kernel:
     """The kernel `name` of a module. Raises PtxError where the text is not understood."""
     ptx = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
