@@ -44,7 +44,7 @@ def load(op: str, x: Tensor) -> ModuleType:
     if reason:
         raise RuntimeError(
             f"{op}: backend 'triton' cannot run for x of shape {tuple(x.shape)} on {x.device}: {reason}; "
-            "or pass backend='reference', which multiplies by the dense matrix"
+            "or pass backend='reference', which is dense"
         )
     return importlib.import_module(f"sparsenlp_kernels.{op}")
 

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .bsr_linear import DTYPES
-from .launch import INTERPRETED, Launch
+from .bsr_linear_product import compiler_options
+from .launch import INTERPRETED, Device, Launch, run, tuned
 
 MOST_WIDTH = 256
 
@@ -87,6 +88,23 @@ def masked(
 
 
 @triton.jit
+def locate_queries(
+    crow_ptr, queries, HEADS: tl.constexpr, ROWS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """(batch, head, both as one int64, queries of the tile [BM], first stored block, how many) of a program."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    head = batch_head % HEADS
+    mask_row = first // ROWS
+    if PER_HEAD:
+        mask_row += head * tl.cdiv(queries, ROWS)
+    start = tl.load(crow_ptr + mask_row)
+    count = tl.load(crow_ptr + mask_row + 1) - start
+    return batch_head // HEADS, head, batch_head, tl.cast(first + tl.arange(0, BLOCK_M), tl.int64), start, count
+
+
+@triton.jit
 def _forward_kernel(
     query_ptr,
     key_ptr,
@@ -124,16 +142,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """y (B, H, Lq, E) and lse (B, H, Lq), both contiguous."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    first = tl.program_id(0) % tiles * BLOCK_M
-    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    batch, head = batch_head // HEADS, batch_head % HEADS
-    row = tl.cast(first + tl.arange(0, BLOCK_M), tl.int64)  # [BM]
-    mask_row = first // ROWS
-    if PER_HEAD:
-        mask_row += head * tl.cdiv(queries, ROWS)
-    start = tl.load(crow_ptr + mask_row)
-    count = tl.load(crow_ptr + mask_row + 1) - start
+    batch, head, batch_head, row, start, count = locate_queries(crow_ptr, queries, HEADS, ROWS, PER_HEAD, BLOCK_M)
     q_rows = query_ptr + batch * query_stride_b + head * query_stride_h
     k_rows = key_ptr + batch * key_stride_b + head // GROUP * key_stride_h
     v_rows = value_ptr + batch * value_stride_b + head // GROUP * value_stride_h
@@ -205,8 +214,7 @@ def block_sparse_attention(
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel():
         mask = (crow_indices, col_indices, pattern_indices, patterns)
-        with torch.cuda.device_of(query):
-            plan(query, key, value, *mask, key_mask, scale, y, lse).run()
+        run([plan(query, key, value, *mask, key_mask, scale, y, lse)], query)
     return y, lse
 
 
@@ -222,10 +230,12 @@ def plan(
     scale: float,
     y: Tensor,
     lse: Tensor,
+    device: Device | None = None,
 ) -> Launch:
     """The launch that fills y and lse, not empty, from arguments that are known to fit."""
     shapes = Shapes(query, key, value, crow_indices, patterns)
-    tile = tile_of(shapes, *_sides(shapes, query.dtype))
+    sides = sides_of("forward", shapes, query, device)
+    tile = tile_of(shapes, sides["tile"], sides["step"])
     return Launch(
         kernel=_forward_kernel,
         programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, tile["BLOCK_M"]),
@@ -242,7 +252,7 @@ def plan(
             *shapes.sizes,
         ),
         constants={**shapes.constants, **tile},
-        options=options_of(shapes, tile),
+        options=options_of(shapes, tile, sides),
     )
 
 
@@ -281,20 +291,21 @@ def tile_of(shapes: Shapes, m: int, n: int) -> dict[str, int]:
     }
 
 
-def _sides(shapes: Shapes, dtype: torch.dtype) -> tuple[int, int]:
-    """The most queries and keys whose tile fits registers and 99 KiB of shared memory."""
-    if dtype == torch.float32:
-        return (32, 32) if shapes.widest <= 64 else (16, 16)
-    return (128, 64) if shapes.widest <= 64 else (64, 32)
+def sides_of(direction: str, shapes: Shapes, query: Tensor, device: Device | None) -> dict[str, int]:
+    """A row of the tuned table: the most queries (or keys) of a program's tile, and keys (or queries) of its steps;
+    the stages of its pipeline; and `warps`, at least.
+
+    direction  "forward" or "backward", of float32 or half, narrow for widths of up to 64: what fits registers and the
+               99 KiB of shared memory of the smallest GPU
+    """
+    kind = "float32" if query.dtype == torch.float32 else "half"
+    width = "narrow" if shapes.widest <= 64 else "wide"
+    return tuned("block_sparse_attention", (device or Device.of(query)).arch, f"{direction}_{kind}_{width}")
 
 
-def options_of(shapes: Shapes, tile: dict[str, int]) -> dict[str, int | bool]:
+def options_of(shapes: Shapes, tile: dict[str, int], sides: dict[str, int]) -> dict[str, int | bool]:
     wide = shapes.widest > 128 or tile["BLOCK_M"] > 64
-    return {
-        "num_warps": 8 if wide else 4,
-        "num_stages": 2,
-        "enable_fp_fusion": True,  # Triton 3.10 turns it off where it is not asked for
-    }
+    return compiler_options(8 if wide else sides["warps"], sides["stages"])
 
 
 def check(

@@ -17,8 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_sparse_attention import Shapes, check, load_real_rows, load_rows, masked, options_of, store_rows, tile_of
-from .launch import Launch
+from .block_sparse_attention import (
+    Shapes,
+    check,
+    load_real_rows,
+    load_rows,
+    locate_queries,
+    masked,
+    options_of,
+    sides_of,
+    store_rows,
+    tile_of,
+)
+from .launch import Device, Launch, run
 
 
 @triton.jit
@@ -61,16 +72,7 @@ def _grad_query_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """grad_query (B, H, Lq, D); it and grad (B, H, Lq, E) are contiguous."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    first = tl.program_id(0) % tiles * BLOCK_M
-    batch_head = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    batch, head = batch_head // HEADS, batch_head % HEADS
-    row = tl.cast(first + tl.arange(0, BLOCK_M), tl.int64)  # [BM]
-    mask_row = first // ROWS
-    if PER_HEAD:
-        mask_row += head * tl.cdiv(queries, ROWS)
-    start = tl.load(crow_ptr + mask_row)
-    count = tl.load(crow_ptr + mask_row + 1) - start
+    batch, head, batch_head, row, start, count = locate_queries(crow_ptr, queries, HEADS, ROWS, PER_HEAD, BLOCK_M)
     k_rows = key_ptr + batch * key_stride_b + head // GROUP * key_stride_h
     v_rows = value_ptr + batch * value_stride_b + head // GROUP * value_stride_h
     if key_mask_ptr is not None:
@@ -228,9 +230,7 @@ def block_sparse_attention_backward(
     grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     if lse.numel() and key.shape[2]:
         arguments = (grad.contiguous(), query, key, value, lse.contiguous(), delta.contiguous(), *mask, key_mask, scale)
-        with torch.cuda.device_of(query):
-            for launch in plan_backward(*arguments, *grads):
-                launch.run()
+        run(plan_backward(*arguments, *grads), query)
     return grads
 
 
@@ -250,15 +250,17 @@ def plan_backward(
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
-) -> tuple[Launch, Launch]:
+    device: Device | None = None,
+) -> list[Launch]:
     """The launches that fill the gradients of query, and of key and value, from arguments that are known to fit."""
     shapes = Shapes(query, key, value, crow_indices, patterns)
-    outer, inner = _sides(shapes, query.dtype)
-    by_rows, by_columns = tile_of(shapes, outer, inner), tile_of(shapes, inner, outer)
+    sides = sides_of("backward", shapes, query, device)
+    by_rows = tile_of(shapes, sides["tile"], sides["step"])
+    by_columns = tile_of(shapes, sides["step"], sides["tile"])
     columns = _by_columns(crow_indices, col_indices, pattern_indices, shapes)
     shared = (patterns.view(torch.uint8), None if key_mask is None else key_mask.contiguous().view(torch.uint8))
     rows = (grad, lse, delta)
-    return (
+    return [
         Launch(
             kernel=_grad_query_kernel,
             programs=shapes.batch * shapes.heads * triton.cdiv(shapes.queries, by_rows["BLOCK_M"]),
@@ -274,23 +276,16 @@ def plan_backward(
                 *shapes.sizes,
             ),
             constants={**shapes.constants, **by_rows},
-            options=options_of(shapes, by_rows) | {"num_warps": 8},  # on 4, padding makes sm_80 spill a register
+            options=options_of(shapes, by_rows, sides),
         ),
         Launch(
             kernel=_grad_key_value_kernel,
             programs=shapes.batch * shapes.kv_heads * triton.cdiv(shapes.keys, by_columns["BLOCK_N"]),
             arguments=(*shapes.rows, *columns, *shared, *rows, grad_key, grad_value, scale, *shapes.sizes),
             constants={**shapes.constants, **by_columns},
-            options=options_of(shapes, by_columns),
+            options=options_of(shapes, by_columns, sides),
         ),
-    )
-
-
-def _sides(shapes: Shapes, dtype: torch.dtype) -> tuple[int, int]:
-    """The most queries of a program and keys of its steps, or keys and queries, that fit registers."""
-    if dtype == torch.float32:
-        return (32, 32) if shapes.widest <= 64 else (16, 16)
-    return (64, 32) if shapes.widest <= 64 else (32, 32)
+    ]
 
 
 def _by_columns(
@@ -303,6 +298,8 @@ def _by_columns(
     row = row.repeat_interleave(crow_indices.diff().long(), output_size=blocks)
     column = row.div(rows, rounding_mode="floor") * columns + col_indices
     order = column.argsort(stable=True)
-    starts = torch.zeros(shapes.mask_heads * columns + 1, dtype=torch.int32, device=device)
-    starts[1:] = torch.zeros_like(starts[1:]).scatter_add_(0, column, torch.ones_like(col_indices)).cumsum(0)
-    return starts, (row % rows)[order].to(torch.int32), pattern_indices[order]
+    counts = torch.zeros(shapes.mask_heads * columns, dtype=torch.int64, device=device)
+    counts = counts.scatter_add(0, column, torch.ones_like(column))
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    row_indices = (row % rows).index_select(0, order).to(torch.int32)
+    return starts, row_indices, pattern_indices.index_select(0, order)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, triton_kernels
 from ..formats import BlockMask
 from ..reference import block_sparse_attention as reference
 from .add_layer_norm import call_op
 from .bsr_linear import NATIVE_DTYPES
 
 BACKENDS = ("native", "triton", "reference")
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def block_sparse_attention(
@@ -113,25 +110,11 @@ def _choose(query: Tensor, backend: str | None) -> str:
         why = native.why_unavailable
     elif backend == "native" and not runs:
         why = f"expected float32 or bfloat16 on cpu, {got}"
-    elif backend == "triton" and not (query.is_cuda and query.dtype in TRITON_DTYPES):
+    elif backend == "triton" and not (query.is_cuda and query.dtype in triton_kernels.DTYPES):
         why = f"expected float32, float16 or bfloat16 on cuda, {got}"
-    elif backend == "triton":
-        why = _why_no_triton()
     if why:
         raise RuntimeError(f"block_sparse_attention: backend {backend!r} cannot run: {why}")
     return backend
-
-
-def _why_no_triton() -> str:
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"{error} (pip install 'sparsenlp[gpu]', or name backend='reference')"
-    return ""
-
-
-def _kernels(direction: str = "") -> ModuleType:
-    return importlib.import_module(f"sparsenlp_kernels.block_sparse_attention{direction}")
 
 
 # The torch.library ops. They exist without the extension too (then they run the reference), so that exported
@@ -151,14 +134,16 @@ if not native.available:
     torch.library.impl("sparsenlp::block_sparse_attention_backward", "cpu", reference.block_sparse_attention_backward)
 
 
-@torch.library.impl("sparsenlp::block_sparse_attention", "cuda")
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _kernels().block_sparse_attention(*arguments)
+def _triton(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return triton_kernels.load("block_sparse_attention", query).block_sparse_attention(query, *rest)
 
 
-@torch.library.impl("sparsenlp::block_sparse_attention_backward", "cuda")
-def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("_backward").block_sparse_attention_backward(*arguments)
+def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_kernels.load("block_sparse_attention_backward", grad).block_sparse_attention_backward(grad, *rest)
+
+
+triton_kernels.register("block_sparse_attention", _triton)
+triton_kernels.register("block_sparse_attention_backward", _triton_backward)
 
 
 @torch.library.register_fake("sparsenlp::block_sparse_attention")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from cases import BsrLinearCase
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_function
 from torch._subclasses import FakeTensorMode
+from traced import traced_ops
 
 from sparsenlp import triton_kernels
 from sparsenlp.ops import bsr_linear
@@ -81,28 +81,6 @@ def test_capability(capability, reason, monkeypatch):
 def test_importing_sparsenlp_imports_no_triton():
     code = "import sys, sparsenlp.triton_kernels as t; t.why_unavailable(); assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-class Traced(Exception):
-    """Carries the names of the ops that a compiler was given."""
-
-
-def traced_ops(function, *arguments: Tensor) -> list[str]:
-    def compiler(graph, _):
-        raise Traced([node.target.__name__ for node in graph.graph.nodes if node.op == "call_function"])
-
-    with pytest.raises(Traced) as caught:
-        aot_function(function, fw_compiler=compiler)(*arguments)
-    return caught.value.args[0]
-
-
-@pytest.fixture
-def a_gpu(monkeypatch):
-    """An A100, as far as planning is concerned."""
-    launch = pytest.importorskip("sparsenlp_kernels.launch", reason="Triton is not installed")
-    monkeypatch.setattr(triton_kernels, "why_unavailable", lambda: "")
-    monkeypatch.setattr(triton_kernels, "why_device_unavailable", lambda index: "")
-    monkeypatch.setattr(launch.Device, "of", classmethod(lambda cls, tensor: launch.Device("sm_80", 108)))
 
 
 def test_torch_compile_sees_the_kernels(a_gpu):
