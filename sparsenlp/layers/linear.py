@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE, validate
 from ..ops.bsr_linear import ACTIVATIONS, call, check_input_scale
+from .scales import Float32Scales
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(Float32Scales):
     """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in BSR blocks of `block`.
 
     The state dict holds BSR's own names: values (nnzb, n, k), crow_indices, col_indices and bias, and for a
@@ -24,7 +25,6 @@ class SparseLinear(nn.Module):
 
     crow_indices: Tensor
     col_indices: Tensor
-    scales: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -137,14 +137,6 @@ class SparseLinear(nn.Module):
             buffers["scales"],
             self.input_scale,
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
-        """As for any module, but scales stay float32 when the model changes dtype."""
-        before = self.scales
-        super()._apply(fn, recurse)
-        if before is not None and self.scales is not None and self.scales.dtype != before.dtype:
-            self.scales = self.scales.float() if before.is_meta else before.to(self.scales.device)
-        return self
 
     def extra_repr(self) -> str:
         n, k = self.block

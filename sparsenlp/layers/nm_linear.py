@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from ..formats import NM
 from ..formats.nm import INDEX_DTYPE, validate
-from ..ops.bsr_linear import ACTIVATIONS
+from ..ops.bsr_linear import ACTIVATIONS, check_input_scale
 from ..ops.nm_linear import call, pack
+from .scales import Float32Scales
 
 
-class NMLinear(nn.Module):
+class NMLinear(Float32Scales):
     """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in the N:M `pattern`.
 
-    The state dict holds the names of the format: values and indices (N, K / m * n), and bias. Kernels read
+    The state dict holds the names of the format: values and indices (N, K / m * n), bias, and for a `quantized` layer
+    (int8 values, see `quantize`) scales. Kernels read
     the values as they are, so training changes them in place; `packed`, a buffer outside of the state dict,
     is the indices as kernels read them. It is made when the layer gets its indices: by `from_dense`,
     `from_weight` or `load_state_dict`. The indices are fixed from then on.
@@ -35,6 +37,7 @@ class NMLinear(nn.Module):
         pattern: tuple[int, int] = (2, 4),
         bias: bool = True,
         activation: str = "none",
+        quantized: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -50,11 +53,14 @@ class NMLinear(nn.Module):
         self.out_features = out_features
         self.pattern = (n, m)
         self.activation = activation
+        self.input_scale: float | None = None
         stored = (out_features, in_features // m * n)
         first = torch.arange(n, dtype=INDEX_DTYPE, device=device).repeat(out_features, in_features // m)
         self.register_buffer("indices", first)
         self.register_buffer("packed", pack(first, self.pattern), persistent=False)
-        self.values = nn.Parameter(torch.empty(stored, device=device, dtype=dtype))
+        values = torch.empty(stored, device=device, dtype=torch.int8 if quantized else dtype)
+        self.values = nn.Parameter(values, requires_grad=not quantized)
+        self.register_buffer("scales", torch.ones(out_features, device=device) if quantized else None)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -63,20 +69,20 @@ class NMLinear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: NM, bias: Tensor | None = None, activation: str = "none") -> NMLinear:
-        """Wrap an N:M weight (validated here) in floating point and an optional bias of shape (N,)."""
+        """Wrap an N:M weight (validated here) and an optional bias of shape (N,)."""
         weight.validate()
-        if weight.scales is not None:
-            raise TypeError("NMLinear: expected a weight in floating point, got int8")
         rows, columns = weight.shape
-        if bias is not None and (bias.shape != (rows,) or bias.dtype != weight.values.dtype):
+        quantized = weight.scales is not None
+        if bias is not None and (bias.shape != (rows,) or (bias.dtype != weight.values.dtype and not quantized)):
             raise ValueError(
                 f"NMLinear: expected bias of shape ({rows},) and dtype {weight.values.dtype}, "
                 f"got {tuple(bias.shape)} and {bias.dtype}"
             )
-        layer = cls(columns, rows, weight.pattern, bias is not None, activation, device="meta")
+        layer = cls(columns, rows, weight.pattern, bias is not None, activation, quantized, device="meta")
         layer.indices = weight.indices
         layer.packed = pack(weight.indices, weight.pattern)
-        layer.values = nn.Parameter(weight.values.detach().contiguous())
+        layer.scales = weight.scales
+        layer.values = nn.Parameter(weight.values.detach().contiguous(), requires_grad=not quantized)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach())
         return layer
@@ -96,7 +102,19 @@ class NMLinear(nn.Module):
     @property
     def weight(self) -> NM:
         """The weight as a format; it shares the layer's tensors."""
-        return NM(self.values, self.indices, (self.out_features, self.in_features), self.pattern)
+        return NM(self.values, self.indices, (self.out_features, self.in_features), self.pattern, self.scales)
+
+    def quantize(self, input_scale: float | None = None) -> NMLinear:
+        """This layer with int8 weights (NM.quantize), for inference; the bias is shared.
+
+        input_scale  rounds x to int8, as a constant; None finds a scale for each token as it comes
+        """
+        layer = NMLinear.from_weight(self.weight.quantize(), self.bias, self.activation)
+        if input_scale is not None:
+            check_input_scale(input_scale, layer.scales)
+        layer.input_scale = input_scale
+        layer.bias = self.bias
+        return layer.train(self.training)
 
     def to_dense(self) -> nn.Linear:
         """An nn.Linear with the same function (activation apart)."""
@@ -120,11 +138,15 @@ class NMLinear(nn.Module):
             parameters["bias"],
             self.activation,
             residual,
+            buffers["scales"],
+            self.input_scale,
         )
 
     def extra_repr(self) -> str:
         n, m = self.pattern
         text = f"{self.in_features}, {self.out_features}, pattern={n}:{m}"
+        if self.scales is not None:
+            text += ", int8" + (f", input_scale={self.input_scale:g}" if self.input_scale else "")
         if self.bias is None:
             text += ", bias=False"
         return text if self.activation == "none" else f"{text}, activation={self.activation}"
@@ -132,11 +154,11 @@ class NMLinear(nn.Module):
 
 def _check_incoming(module: NMLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a state dict whose tensors do not describe this layer, before anything is copied."""
-    values, indices = (state_dict.get(prefix + name) for name in ("values", "indices"))
+    values, indices, scales = (state_dict.get(prefix + name) for name in ("values", "indices", "scales"))
     if values is None or indices is None or values.is_meta:
         return
     try:
-        validate(values, indices, (module.out_features, module.in_features), module.pattern)
+        validate(values, indices, (module.out_features, module.in_features), module.pattern, scales)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{prefix.rstrip('.') or 'NMLinear'}: {error}") from None
 

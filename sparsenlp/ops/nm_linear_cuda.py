@@ -34,7 +34,10 @@ def why_not(x: Tensor, values: Tensor, packed: Tensor | None, pattern: tuple[int
     if not x.is_cuda:
         return f"expected x on a CUDA device, got {x.device}"
     if tuple(pattern) != PATTERN or packed is None:
-        return f"expected the pattern 2:4, got {pattern[0]}:{pattern[1]}"
+        n, m = pattern
+        fits = (n <= 2 and m % 4 == 0) or (n, m) == (1, 2)  # at most 2 in any 4 neighbours
+        remedy = " (which fits into 2:4 as it is: NMLinear.from_dense(layer.to_dense(), (2, 4)))" if fits else ""
+        return f"expected the pattern 2:4, the only one that tensor cores multiply, got {n}:{m}{remedy}"
     quantized = values.dtype == torch.int8
     if x.dtype not in (torch.float16, torch.bfloat16) and not (quantized and x.dtype == torch.float32):
         return f"expected x in float16 or bfloat16 (or float32 with int8 weights), got {x.dtype}"

@@ -134,8 +134,6 @@ def test_errors():
     weight = NM.from_dense(torch.zeros(8, 8))
     with pytest.raises(ValueError, match=r"expected bias of shape \(8,\)"):
         NMLinear.from_weight(weight, torch.zeros(9))
-    with pytest.raises(TypeError, match="expected a weight in floating point, got int8"):
-        NMLinear.from_weight(weight.quantize())
     weight.indices[0, 0] = 1
     with pytest.raises(ValueError, match="increase within each group"):
         NMLinear.from_weight(weight)
@@ -144,3 +142,36 @@ def test_errors():
 def test_repr_says_what_it_is():
     text = repr(NMLinear.from_dense(pruned_linear(bias=False), activation="relu"))
     assert text == "NMLinear(24, 32, pattern=2:4, bias=False, activation=relu)"
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.05])
+@torch.no_grad()
+def test_quantize(input_scale):
+    """The product of rounded inputs and rounded weights, to float32's precision; the state dict has the scales."""
+    layer = NMLinear.from_dense(pruned_linear(), activation="relu")
+    int8 = layer.quantize(input_scale)
+    x, residual = torch.randn(5, 24), torch.randn(5, 32)
+    scale = x.abs().amax(1, keepdim=True) / 127 if input_scale is None else torch.tensor(input_scale)
+    rounded = (x / scale).round().clamp(-127, 127)
+    weight = int8.weight.to_dense()
+    assert not torch.equal(weight, layer.weight.to_dense())
+    expected = torch.relu(rounded.double() * scale @ weight.double().t() + int8.bias.double() + residual)
+    torch.testing.assert_close(int8(x, residual).double(), expected, rtol=1e-5, atol=1e-5)
+    assert int8.bias is layer.bias
+    assert not int8.values.requires_grad
+    other = NMLinear(24, 32, activation="relu", quantized=True)
+    other.load_state_dict(int8.state_dict())
+    other.input_scale = input_scale
+    assert torch.equal(other(x), int8(x))
+    half = copy.deepcopy(int8).to(torch.bfloat16)
+    assert half.scales.dtype == torch.float32
+    torch.testing.assert_close(half(x.bfloat16()).float(), int8(x), rtol=2e-2, atol=6e-2)
+    assert "pattern=2:4, int8" in repr(int8)
+
+
+@pytest.mark.parametrize("pattern", [(1, 2), (1, 4), (2, 8)])
+def test_patterns_that_fit_into_2_of_4(pattern):
+    """What the error of the CUDA backend advises loses nothing."""
+    linear = pruned_linear(pattern)
+    stored = NMLinear.from_dense(NMLinear.from_dense(linear, pattern).to_dense(), (2, 4))
+    assert torch.equal(stored.weight.to_dense(), linear.weight)

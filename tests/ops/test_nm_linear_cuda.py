@@ -59,8 +59,9 @@ def test_a_gpu_without_the_library_is_an_error(monkeypatch):
     [
         (replace(CASE, dtype=torch.float32), "expected x in float16 or bfloat16 .*, got torch.float32"),
         (replace(CASE, dtype=torch.float64, int8=True), "expected x in float16 or bfloat16 .*, got torch.float64"),
-        (replace(CASE, pattern=(1, 4)), "expected the pattern 2:4, got 1:4"),
-        (replace(CASE, pattern=(1, 2)), "expected the pattern 2:4, got 1:2"),
+        (replace(CASE, pattern=(1, 4)), r"expected the pattern 2:4, .* got 1:4 \(which fits into 2:4 as it is"),
+        (replace(CASE, pattern=(1, 2)), r"expected the pattern 2:4, .* got 1:2 \(which fits into 2:4 as it is"),
+        (replace(CASE, pattern=(4, 8)), r"expected the pattern 2:4, .* got 4:8\. "),
         (replace(CASE, columns=24), "expected K to be a multiple of 16, got 24"),
         (replace(CASE, columns=48, int8=True), "expected K to be a multiple of 32, got 48"),
     ],
