@@ -1,4 +1,4 @@
-"""What a compiler is given: the ops of a function on fake tensors."""
+"""What a compiler is given of a function on fake tensors of a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from typing import Any
 import pytest
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_function
+
+from sparsenlp import triton_kernels
+
+
+def plan_for_an_a100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the launchers of our kernels believe that there is one."""
+    from sparsenlp_kernels import launch
+
+    monkeypatch.setattr(triton_kernels, "why_unavailable", lambda: "")
+    monkeypatch.setattr(triton_kernels, "why_device_unavailable", lambda index: "")
+    monkeypatch.setattr(launch.Device, "of", classmethod(lambda cls, tensor: launch.Device("sm_80", 108)))
 
 
 class Traced(Exception):
