@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE, validate
-from ..ops.bsr_linear import ACTIVATIONS, call, check_input_scale
-from .scales import Float32Scales
+from ..ops.bsr_linear import ACTIVATIONS, call
+from .quantizable import Quantizable
 
 
-class SparseLinear(Float32Scales):
+class SparseLinear(Quantizable):
     """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in BSR blocks of `block`.
 
     The state dict holds BSR's own names: values (nnzb, n, k), crow_indices, col_indices and bias, and for a
@@ -25,7 +25,6 @@ class SparseLinear(Float32Scales):
 
     crow_indices: Tensor
     col_indices: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -100,18 +99,6 @@ class SparseLinear(Float32Scales):
         """The weight as a format; it shares the layer's tensors."""
         shape = (self.out_features, self.in_features)
         return BlockSparse(self.crow_indices, self.col_indices, self.values, shape, self.scales)
-
-    def quantize(self, input_scale: float | None = None) -> SparseLinear:
-        """This layer with int8 weights (BlockSparse.quantize), for inference; the bias is shared.
-
-        input_scale  rounds x to int8, as a constant; None finds a scale for each token as it comes
-        """
-        layer = SparseLinear.from_weight(self.weight.quantize(), self.bias, self.activation)
-        if input_scale is not None:
-            check_input_scale(input_scale, layer.scales)
-        layer.input_scale = input_scale
-        layer.bias = self.bias
-        return layer.train(self.training)
 
     def to_dense(self) -> nn.Linear:
         """An nn.Linear with the same function (activation apart)."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..formats import NM
 from ..formats.nm import INDEX_DTYPE, validate
-from ..ops.bsr_linear import ACTIVATIONS, check_input_scale
+from ..ops.bsr_linear import ACTIVATIONS
 from ..ops.nm_linear import call, pack
-from .scales import Float32Scales
+from .quantizable import Quantizable
 
 
-class NMLinear(Float32Scales):
+class NMLinear(Quantizable):
     """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in the N:M `pattern`.
 
     The state dict holds the names of the format: values and indices (N, K / m * n), bias, and for a `quantized` layer
@@ -28,7 +28,6 @@ class NMLinear(Float32Scales):
 
     indices: Tensor
     packed: Tensor | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -103,18 +102,6 @@ class NMLinear(Float32Scales):
     def weight(self) -> NM:
         """The weight as a format; it shares the layer's tensors."""
         return NM(self.values, self.indices, (self.out_features, self.in_features), self.pattern, self.scales)
-
-    def quantize(self, input_scale: float | None = None) -> NMLinear:
-        """This layer with int8 weights (NM.quantize), for inference; the bias is shared.
-
-        input_scale  rounds x to int8, as a constant; None finds a scale for each token as it comes
-        """
-        layer = NMLinear.from_weight(self.weight.quantize(), self.bias, self.activation)
-        if input_scale is not None:
-            check_input_scale(input_scale, layer.scales)
-        layer.input_scale = input_scale
-        layer.bias = self.bias
-        return layer.train(self.training)
 
     def to_dense(self) -> nn.Linear:
         """An nn.Linear with the same function (activation apart)."""
