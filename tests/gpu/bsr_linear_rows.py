@@ -121,8 +121,7 @@ ROWS = [
         "bsr_linear blocks int8",
         forward(small(20, 64, 128, (32, 32), dtype=FLOAT16, int8=True)),
         forward(large(256, (64, 64), dtype=FLOAT16, int8=True)),
-        math="",
-        pipelined=False,
+        aside=("_quantize_kernel",),
         mutations=(
             Mutation("the scale of the first token for all", PRODUCT, "x_scale_ptr + token", "x_scale_ptr + token * 0"),
             Mutation("truncates instead of rounding", INT8, "(v + 12582912.0) - 12582912.0", "v"),
@@ -157,8 +156,8 @@ ROWS = [
         "bsr_linear columns int8",
         forward(small(20, 16, 76, (8, 4), dtype=BFLOAT16, int8=True)),
         forward(large(256, (8, 4), dtype=BFLOAT16, int8=True)),
-        math="",
-        pipelined=False,
+        pipelined=False,  # on sm_90: tensor cores take these tiles from registers
+        aside=("_quantize_kernel",),
         mutations=(
             Mutation(
                 "int8 tokens laid out as the kernel does not read them",
@@ -205,8 +204,7 @@ ROWS = [
         "bsr_linear shares float16",
         forward(small(9, 96, 320, (16, 64), dtype=FLOAT16, uneven=True, residual=True, activation="relu"), 8),
         forward(large(64, (64, 64), dtype=FLOAT16, density=1.0), 108),
-        math="",  # of _stream_kernel only
-        pipelined=False,
+        aside=("_join_kernel",),
         mutations=(
             Mutation("one slot for both parts of a share", PRODUCT, "slot = tl.where(p == first, 0, 1)", "slot = 0"),
             Mutation("every row begins within a share", PRODUCT, "(start > share * share_blocks)", "(start >= 0)"),

@@ -119,9 +119,9 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
         "gfx942": (160, 32 * KIB),
     },
     "block_sparse_attention gradients float16": {
-        "sm_80": (256, 29 * KIB),
-        "sm_90": (152, 37 * KIB),
-        "sm_100": (88, 49 * KIB),
-        "gfx942": (248, 12 * KIB),
+        "sm_80": (168, 23 * KIB),
+        "sm_90": (120, 26 * KIB),
+        "sm_100": (64, 33 * KIB),
+        "gfx942": (144, 8 * KIB),
     },
 }

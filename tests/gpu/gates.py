@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from problems import Row
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 
@@ -76,8 +77,9 @@ def _usage_amd(compiled: Any) -> Usage:
     return Usage(value("vgpr_count"), compiled.metadata.shared, value("private_segment_fixed_size"), Counter(opcodes))
 
 
-def complaints(compiled: Any, target: str, math: str, pipelined: bool) -> list[str]:
-    """What is wrong with the machine code, in words; empty where nothing is."""
+def complaints(compiled: Any, target: str, row: Row) -> list[str]:
+    """What is wrong with the machine code of a kernel of the row, in words; empty where nothing is."""
+    math, pipelined = ("", False) if compiled.metadata.name in row.aside else (row.math, row.pipelined)
     used = usage(compiled)
     tensor_core, found = used.count(TENSOR_CORE), []
     if used.stack or used.count(SPILLS):

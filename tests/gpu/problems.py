@@ -46,6 +46,7 @@ class Row:
     large      sizes that get the tiles of real work, to compile
     math       instructions that `large` must have: "tensor core", "fma" (and none that rounds float32), or "" for any
     pipelined  whether `large` must copy asynchronously into shared memory
+    aside      kernels of `large` that multiply nothing, of which neither is asked
     targets    those of gates.py that it compiles for
     mutations  bugs, each of which some check must catch on this row
     """
@@ -55,6 +56,7 @@ class Row:
     large: Callable[[str, str], Problem]
     math: str = "tensor core"
     pipelined: bool = True
+    aside: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
     mutations: tuple[Mutation, ...] = ()
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(launches.INTERPRETED, reason="TRITON_INTERPRET=1
 def test_machine_code(row, target, triton_cache):
     for launch in row.large(PACKAGE, target).launches:
         compiled = launches.compile_launch(launch, gates.TARGETS[target])
-        assert not gates.complaints(compiled, target, row.math, row.pipelined)
+        assert not gates.complaints(compiled, target, row)
         used = gates.usage(compiled)
         budget = BUDGETS.get(row.name, {}).get(target)
         needed = f'"{target}": ({-(-used.registers // 8) * 8}, {-(-used.shared // 1024)} * KIB)'
