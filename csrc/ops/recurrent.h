@@ -11,7 +11,10 @@
 #include <cstring>
 #include <deque>
 
-#define FORWARD(isa, dtype, suffix) BsrLinearKernel bsr_linear_##dtype##_##suffix;
+#define FORWARD(isa, dtype, suffix)                  \
+  BsrLinearKernel bsr_linear_##dtype##_##suffix;     \
+  BsrLinearPackKernel bsr_linear_pack_##dtype##_##suffix; \
+  BsrLinearPackedKernel bsr_linear_packed_##dtype##_##suffix;
 #define GRAD(isa, dtype, suffix) BsrLinearGradKernel bsr_linear_dgrad_##dtype##_##suffix;
 #include "../cpu/bsr_linear/bsr_linear.inc"
 
@@ -23,6 +26,22 @@ typedef std::vector<Tensor> Tensors;
 inline BsrLinearKernel* linear_kernel(Dtype dtype) {
 #define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_##type##_##suffix},
   const Listed<BsrLinearKernel> list[] = {
+#include "../cpu/bsr_linear/bsr_linear.inc"
+  };
+  return best_kernel(list);
+}
+
+inline BsrLinearPackKernel* pack_kernel(Dtype dtype) {
+#define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_pack_##type##_##suffix},
+  const Listed<BsrLinearPackKernel> list[] = {
+#include "../cpu/bsr_linear/bsr_linear.inc"
+  };
+  return best_kernel(list);
+}
+
+inline BsrLinearPackedKernel* packed_kernel(Dtype dtype) {
+#define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_packed_##type##_##suffix},
+  const Listed<BsrLinearPackedKernel> list[] = {
 #include "../cpu/bsr_linear/bsr_linear.inc"
   };
   return best_kernel(list);
@@ -209,7 +228,7 @@ struct Matrices {
     return grad;
   }
 
-  BsrLinearKernel* kernel() const { return linear_kernel(scales.empty() ? dtype : i8); }
+  Dtype weights() const { return scales.empty() ? dtype : i8; }
 };
 
 inline int64_t stored(const BsrLinear& a) { return int64_t{a.crow[a.N / a.n]} * a.n * a.k; }
@@ -243,18 +262,31 @@ inline std::vector<int64_t> share_units(const BsrLinear& a, int64_t gates, int64
   return bounds;
 }
 
-// The inputs of the steps [first, last), or one of these steps; steps count in the direction's order.
+// The block rows of the units [begin, end) in every gate, the shortest first.
+inline std::vector<int32_t> rows_of_units(const BsrLinear& a, int64_t gates, int64_t begin, int64_t end) {
+  const int64_t H = a.N / gates;
+  std::vector<int32_t> rows;
+  for (int64_t gate = 0; gate < gates; gate++)
+    for (int64_t row = gate * H + begin; row < gate * H + end; row += a.n) rows.push_back(static_cast<int32_t>(row / a.n));
+  const auto length = [&](int32_t row) { return a.crow[row + 1] - a.crow[row]; };
+  std::stable_sort(rows.begin(), rows.end(), [&](int32_t one, int32_t other) { return length(one) < length(other); });
+  return rows;
+}
+
+// The recurrent weights are packed, or the inputs of the steps [first, last) projected, or one of these steps done;
+// steps count in the direction's order.
 struct Phase {
-  enum Kind { kInputs, kCells, kProject } kind;
+  enum Kind { kPack, kInputs, kCells, kProject } kind;
   int64_t first, last, step;
 };
 
 // The phases of `steps` for inputs that are `columns` words wide.
-inline std::vector<Phase> phases_of(const Steps& steps, int64_t columns, bool projected) {
+inline std::vector<Phase> phases_of(const Steps& steps, int64_t columns, bool packed, bool projected) {
   constexpr int64_t kWords = 1 << 18, kTokens = 64;  // of inputs that are projected at a time; at least these tokens
   const int64_t most = std::max(kTokens, kWords / std::max<int64_t>(columns, 1));
   const int64_t chunk = std::max<int64_t>(1, most / std::max<int64_t>(steps.batch, 1));
   std::vector<Phase> phases;
+  if (packed) phases.push_back({Phase::kPack, 0, 0, 0});
   for (int64_t first = 0; first < steps.count(); first += chunk) {
     const int64_t last = std::min(first + chunk, steps.count());
     phases.push_back({Phase::kInputs, first, last, first});
@@ -271,6 +303,8 @@ struct Direction {
   BsrLinear input, recurrent, projection;  // N of the projection is 0 where there is none
   bool reverse;
   std::vector<int64_t> units, outputs;  // bounds of the parts
+  std::vector<std::vector<int32_t>> rows;  // of the recurrent weights, of each part, where they are packed
+  std::vector<float*> packed;
   char* inputs;     // tokens of a chunk x gates * H
   char* h[2];       // B x P: before and after even steps
   char* hidden;     // B x H, before the projection
@@ -288,16 +322,20 @@ struct CellStep {
   int64_t states_gate, states_stride;
 };
 
+constexpr int64_t kPackedSteps = 4;  // from which on packing saves more time than it takes
+
 // All steps of all directions. `cell` does a CellStep.
 template <class Cell>
 struct Forward {
   const Steps& steps;
   std::vector<Direction>& directions;
   const void* x;
-  BsrLinearKernel* kernel;
-  Dtype dtype;
+  Dtype dtype, weights;
   int64_t gates, H, P;
   const Cell& cell;
+  BsrLinearKernel* kernel = linear_kernel(weights);
+  BsrLinearPackKernel* pack = pack_kernel(weights);
+  BsrLinearPackedKernel* multiply_packed = packed_kernel(weights);
 
   int64_t y_stride() const { return static_cast<int64_t>(directions.size()) * P; }
 
@@ -308,7 +346,8 @@ struct Forward {
     const int64_t step_work = steps.batch * (stored(first.recurrent) + first.recurrent.N);
     const int64_t all_work = count * steps.tokens * (stored(first.recurrent) + stored(first.input) + first.recurrent.N);
     int64_t parts = parts_of(count, step_work);
-    const std::vector<Phase> phases = phases_of(steps, gates * H, projected);
+    const bool packed = steps.count() >= kPackedSteps && steps.size.back() <= kPackedTokens;
+    const std::vector<Phase> phases = phases_of(steps, gates * H, packed, projected);
     int64_t chunk = 0;
     for (const Phase& phase : phases)
       if (phase.kind == Phase::kInputs) chunk = std::max(chunk, (phase.last - phase.first) * steps.batch);
@@ -318,6 +357,8 @@ struct Forward {
       d.outputs = projected ? share_units(d.projection, 1, parts) : d.units;
       for (const BsrLinear* a : {&d.input, &d.recurrent, projected ? &d.projection : &d.recurrent})
         scratch_words = std::max(scratch_words, (a->scratch() + 15) / 16 * 16);
+      for (size_t part = 0; packed && part + 1 < d.units.size(); part++)
+        d.rows.push_back(rows_of_units(d.recurrent, gates, d.units[part], d.units[part + 1]));
     }
     const size_t sums_words = (steps.batch * std::max(gates * H, P) * item + 63) / 64 * 16;
     float* working = nullptr;
@@ -329,6 +370,11 @@ struct Forward {
         d.inputs = take(chunk * gates * H);
         for (char*& h : d.h) h = take(steps.batch * P);
         d.hidden = projected ? take(steps.batch * H) : nullptr;
+        d.packed.clear();
+        for (const std::vector<int32_t>& rows : d.rows) {
+          const size_t words = pack(d.recurrent, rows.data(), static_cast<int64_t>(rows.size()), nullptr);
+          if (words) d.packed.push_back(memory.take(words));
+        }
       }
       working = memory.take(count * parts * (scratch_words + sums_words));
       return memory.used();
@@ -349,6 +395,12 @@ struct Forward {
 
   void run_phase(
       const Direction& d, const Phase& phase, int64_t part, int64_t parts, float* scratch, char* sums) const {
+    if (phase.kind == Phase::kPack) {
+      if (part >= static_cast<int64_t>(d.packed.size())) return;
+      const std::vector<int32_t>& rows = d.rows[part];
+      pack(d.recurrent, rows.data(), static_cast<int64_t>(rows.size()), d.packed[part]);
+      return;
+    }
     const int64_t item = bytes_of(dtype);
     const int64_t one = steps.at(phase.first, d.reverse), other = steps.at(phase.last - 1, d.reverse);
     const int64_t low = std::min(one, other), high = std::max(one, other);
@@ -383,8 +435,8 @@ struct Forward {
     const int64_t begin = d.units[part], end = d.units[part + 1];
     if (begin == end) return;
     CellStep at{&d, token, M, begin, end};
-    const bool whole = begin == 0 && end == H;
-    at.states = sums;
+    const bool repacked = !d.packed.empty() && M <= kPackedTokens, whole = repacked || (begin == 0 && end == H);
+    at.states = sums + (repacked ? begin * item : 0);
     at.states_stride = whole ? gates * H : end - begin;
     at.states_gate = (whole ? H : M * (end - begin)) * item;
     for (int64_t gate = 0; gate < (whole ? 1 : gates); gate++) {
@@ -392,7 +444,10 @@ struct Forward {
       a.x = before;
       a.M = M;
       a.y = sums + gate * at.states_gate;
-      kernel(a, 0, 1, scratch);
+      if (repacked)
+        multiply_packed(a, d.packed[part], scratch);
+      else
+        kernel(a, 0, 1, scratch);
     }
     at.inputs = d.inputs + (token - steps.start[low]) * gates * H * item;
     at.h_before = before;

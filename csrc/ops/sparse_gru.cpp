@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_gru(
     own.y = bytes(y) + d * H * item;
     own.h_n = bytes(h_n) + d * B * H * item;
   }
-  Forward<decltype(cell)>{steps, directions, x.data_ptr(), matrices.kernel(), dtype, G, H, H, cell}.run();
+  Forward<decltype(cell)>{steps, directions, x.data_ptr(), dtype, matrices.weights(), G, H, H, cell}.run();
   return {y, h_n, gates};
 }
 

@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_lstm(
     own.y = bytes(y) + d * P * item;
     own.h_n = bytes(h_n) + d * B * P * item;
   }
-  Forward<decltype(cell)>{steps, directions, x.data_ptr(), matrices.kernel(), dtype, G, H, P, cell}.run();
+  Forward<decltype(cell)>{steps, directions, x.data_ptr(), dtype, matrices.weights(), G, H, P, cell}.run();
   return {y, h_n, c_n, gates, cells};
 }
 

@@ -8,7 +8,26 @@
 
 #include "bsr_linear_kernels.h"
 
+#define FORWARD(isa, dtype, suffix)                       \
+  BsrLinearPackKernel bsr_linear_pack_##dtype##_##suffix; \
+  BsrLinearPackedKernel bsr_linear_packed_##dtype##_##suffix;
+#include "../../csrc/cpu/bsr_linear/bsr_linear.inc"
+
 namespace {
+
+struct PackedEntry {
+  int isa;
+  Dtype dtype;
+  BsrLinearPackKernel* pack;
+  BsrLinearPackedKernel* run;
+  int64_t calls, packed;
+};
+
+#define FORWARD(isa, dtype, suffix) \
+  {isa, dtype, bsr_linear_pack_##dtype##_##suffix, bsr_linear_packed_##dtype##_##suffix, 0, 0},
+PackedEntry packed_kernels[] = {
+#include "../../csrc/cpu/bsr_linear/bsr_linear.inc"
+};
 
 constexpr int kParts[] = {1, 2, 3, 7};
 
@@ -164,6 +183,54 @@ void forward_int8_bound() {
     }
 }
 
+// Some block rows, in any order, packed and then multiplied by some tokens, the last of which is `value`d once. What is
+// not listed stays as it was.
+void packed_rows(const Shape& s, Dtype weights, Dtype io, double value, Random& random) {
+  Problem problem(s, weights, io, random_density(random), random);
+  if (s.M) problem.x.set((s.M - 1) * s.K + random.below(s.K), value);
+  const Sums sums = problem.sums(false);
+  std::vector<int32_t> rows;
+  for (int32_t row = (int32_t)(s.N / s.n); row-- > 0;)
+    if (random.below(4)) rows.push_back(row);
+  std::vector<bool> listed(s.N);
+  for (int32_t row : rows) std::fill_n(listed.begin() + row * s.n, s.n, true);
+  each(packed_kernels, weights, [&](PackedEntry& kernel) {
+    Array y(io, s.M * s.N);
+    const BsrLinear a = problem.arguments({false, kWithout, kNone, 1, false}, y);
+    const size_t words = kernel.pack(a, rows.data(), (int64_t)rows.size(), nullptr);
+    if (!words) return;
+    kernel.packed++;
+    Scratch packed(words), scratch(a.scratch());
+    kernel.pack(a, rows.data(), (int64_t)rows.size(), packed.poisoned());
+    kernel.run(a, packed.untouched(), scratch.poisoned());
+    char what[200];
+    snprintf(what, sizeof what, "packed %s %s (x %s) M=%ld N=%ld K=%ld block %dx%d", dtype_name(weights),
+             isa_name(kernel.isa), dtype_name(io), (long)s.M, (long)s.N, (long)s.K, s.n, s.k);
+    std::vector<double> expected(s.M * s.N, NAN), tolerance(s.M * s.N);
+    for (int64_t i = 0; i < s.M * s.N; i++) {
+      if (!listed[i % s.N]) continue;
+      expected[i] = sums.value[i];
+      tolerance[i] = 1.2 * rounding(weights == i8 ? 0 : s.K, sums.magnitude[i]) +
+                     epsilon_of(io) * fabs(expected[i]) + 1e-30;
+    }
+    check(y, expected, tolerance, s.N, what);
+  });
+}
+
+void packed_shapes() {
+  Random random(8);
+  for (int n : {1, 4, 8, 12, 16, 32})
+    for (int k : {1, 2, 4, 8})
+      for (int64_t M = 1; M <= kPackedTokens; M++)
+        each_dtype([&](Dtype weights, Dtype io) {
+          if (!valid(weights, k)) return;
+          for (double value : {0.5, (double)NAN}) packed_rows(random_shape(M, n, k, random), weights, io, value, random);
+        });
+  for (const PackedEntry& kernel : packed_kernels)
+    if (isa_supported(kernel.isa) && !kernel.packed)
+      failures.add("packed %s %s: packed nothing", dtype_name(kernel.dtype), isa_name(kernel.isa));
+}
+
 // dx and dvalues of one random problem.
 void gradients(const Shape& s, Dtype dtype, int parts, Random& random) {
   const Pattern pattern(s, random_density(random), random);
@@ -256,5 +323,7 @@ int main(int count, char** arguments) {
   forward_int8_bound();
   forward_no_columns();
   gradient_shapes(ns, ks, Ms);
+  packed_shapes();
+  print_calls("packed", packed_kernels);
   return verdict("bsr_linear");
 }

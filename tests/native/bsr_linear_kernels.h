@@ -36,18 +36,18 @@ Entry<BsrLinearGradKernel> wgrad_kernels[] = {
 Failures failures;
 
 // f(kernel) for those of a dtype that this CPU runs.
-template <class Kernel, size_t count, class F>
-void each(Entry<Kernel> (&kernels)[count], Dtype dtype, F f) {
-  for (Entry<Kernel>& kernel : kernels) {
+template <class AnyEntry, size_t count, class F>
+void each(AnyEntry (&kernels)[count], Dtype dtype, F f) {
+  for (AnyEntry& kernel : kernels) {
     if (kernel.dtype != dtype || !isa_supported(kernel.isa)) continue;
     kernel.calls++;
     f(kernel);
   }
 }
 
-template <class Kernel, size_t count>
-void print_calls(const char* name, const Entry<Kernel> (&kernels)[count]) {
-  for (const Entry<Kernel>& kernel : kernels)
+template <class AnyEntry, size_t count>
+void print_calls(const char* name, const AnyEntry (&kernels)[count]) {
+  for (const AnyEntry& kernel : kernels)
     if (isa_supported(kernel.isa))
       printf("%-8s %-5s %-12s %8ld calls\n", name, dtype_name(kernel.dtype), isa_name(kernel.isa), (long)kernel.calls);
     else

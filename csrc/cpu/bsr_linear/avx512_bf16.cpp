@@ -1,3 +1,4 @@
 #include "kernels.h"
 
 SNLP_FORWARD(bf16_avx512_bf16, forward_bf16_dot)
+SNLP_PACKED(bf16_avx512_bf16, Bf16Dot, Bf16Dot)

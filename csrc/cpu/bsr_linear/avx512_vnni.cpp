@@ -1,3 +1,4 @@
 #include "kernels.h"
 
 SNLP_FORWARD(i8_avx512_vnni, forward_i8<I8Dot>)
+SNLP_PACKED(i8_avx512_vnni, I8Dot<float>, I8Dot<bf16>)

@@ -6,6 +6,7 @@
 #include "grad.h"
 #include "pairs.h"
 #include "many_tokens.h"
+#include "packed_rows.h"
 
 namespace {
 
@@ -61,6 +62,15 @@ void forward_i8(const BsrLinear& a, int part, int parts, float* scratch) {
 
 #define SNLP_FORWARD(name, function) \
   void bsr_linear_##name(const BsrLinear& a, int part, int parts, float* scratch) { function(a, part, parts, scratch); }
+
+// The dtype with an x of floats, and with one of bfloat16.
+#define SNLP_PACKED(name, D, Half)                                                                         \
+  size_t bsr_linear_pack_##name(const BsrLinear& a, const int32_t* rows, int64_t count, float* packed) {   \
+    return pack_rows<D>(a, rows, count, packed);                                                           \
+  }                                                                                                        \
+  void bsr_linear_packed_##name(const BsrLinear& a, const float* packed, float* scratch) {                 \
+    a.half ? packed_rows<Half>(a, packed, scratch) : packed_rows<D>(a, packed, scratch);                   \
+  }
 
 #define SNLP_GRAD(name, element)                                                                  \
   void bsr_linear_dgrad_##name(const BsrLinearGrad& a, int part, int parts, float* scratch) {     \
