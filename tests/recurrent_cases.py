@@ -155,7 +155,7 @@ _SMALL = RecurrentCase()
 _SHAPES = [
     *(replace(_SMALL, steps=steps, batch=batch) for steps, batch in ((1, 1), (9, 1), (1, 5), (4, 9), (3, 17), (2, 40))),
     *(
-        replace(_SMALL, block=block, hidden=48, columns=48, steps=3)
+        replace(_SMALL, block=block, hidden=48, columns=48, steps=4)
         for block in ((16, 1), (1, 1), (4, 2), (8, 8), (3, 1))
     ),
     *(replace(_SMALL, block=block, hidden=48, columns=48, batch=20, steps=3) for block in ((16, 1), (1, 1), (8, 2))),
@@ -198,8 +198,13 @@ SPARSE_LSTM = _all([*_SHAPES, *_PROJECTED], "sparse_lstm")
 SPARSE_GRU = _all(_SHAPES, "sparse_gru")
 
 THREADED = [  # enough work in a step for several threads
-    RecurrentCase(hidden=hidden, columns=64, steps=6, batch=batch, directions=directions, block=(8, 2), density=0.5)
-    for hidden, batch, directions in ((256, 1, 1), (256, 1, 2), (128, 20, 1), (136, 4, 2))
+    RecurrentCase(hidden=hidden, columns=64, steps=6, batch=batch, directions=directions, block=block, density=0.5)
+    for hidden, batch, directions, block in (
+        (256, 1, 1, (8, 1)),
+        (256, 1, 2, (8, 2)),
+        (128, 20, 1, (8, 2)),
+        (136, 4, 2, (8, 1)),
+    )
 ]
 
 

@@ -11,11 +11,10 @@
 #include <cstring>
 #include <deque>
 
-#define FORWARD(isa, dtype, suffix)                  \
-  BsrLinearKernel bsr_linear_##dtype##_##suffix;     \
+#define FORWARD(isa, dtype, suffix)                       \
+  BsrLinearKernel bsr_linear_##dtype##_##suffix;          \
   BsrLinearPackKernel bsr_linear_pack_##dtype##_##suffix; \
   BsrLinearPackedKernel bsr_linear_packed_##dtype##_##suffix;
-#define GRAD(isa, dtype, suffix) BsrLinearGradKernel bsr_linear_dgrad_##dtype##_##suffix;
 #include "../cpu/bsr_linear/bsr_linear.inc"
 
 namespace recurrent {
@@ -42,14 +41,6 @@ inline BsrLinearPackKernel* pack_kernel(Dtype dtype) {
 inline BsrLinearPackedKernel* packed_kernel(Dtype dtype) {
 #define FORWARD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_packed_##type##_##suffix},
   const Listed<BsrLinearPackedKernel> list[] = {
-#include "../cpu/bsr_linear/bsr_linear.inc"
-  };
-  return best_kernel(list);
-}
-
-inline BsrLinearGradKernel* dgrad_kernel(Dtype dtype) {
-#define GRAD(isa, type, suffix) {type == dtype ? isa : kIsaCount, bsr_linear_dgrad_##type##_##suffix},
-  const Listed<BsrLinearGradKernel> list[] = {
 #include "../cpu/bsr_linear/bsr_linear.inc"
   };
   return best_kernel(list);
@@ -267,7 +258,8 @@ inline std::vector<int32_t> rows_of_units(const BsrLinear& a, int64_t gates, int
   const int64_t H = a.N / gates;
   std::vector<int32_t> rows;
   for (int64_t gate = 0; gate < gates; gate++)
-    for (int64_t row = gate * H + begin; row < gate * H + end; row += a.n) rows.push_back(static_cast<int32_t>(row / a.n));
+    for (int64_t row = (gate * H + begin) / a.n; row * a.n < gate * H + end; row++)
+      if (rows.empty() || rows.back() < row) rows.push_back(static_cast<int32_t>(row));  // may have rows of two gates
   const auto length = [&](int32_t row) { return a.crow[row + 1] - a.crow[row]; };
   std::stable_sort(rows.begin(), rows.end(), [&](int32_t one, int32_t other) { return length(one) < length(other); });
   return rows;
@@ -455,80 +447,6 @@ struct Forward {
     at.h_n = projected ? nullptr : d.h_n;
     at.y = projected ? nullptr : d.y + token * y_stride() * item;
     cell(at);
-  }
-};
-
-// out = a + b + c, M rows of P; those of a are `stride` apart, and b and c may be null.
-template <class E>
-void add_rows(const E* a, int64_t stride, const E* b, const float* c, int64_t M, int64_t P, E* out) {
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t j = 0; j < P; j++) {
-      const int64_t at = m * P + j;
-      write(out[at], read(a[m * stride + j]) + (b ? read(b[at]) : 0) + (c ? c[at] : 0));
-    }
-}
-
-inline void add_rows(
-    Dtype dtype, const void* a, int64_t stride, const void* b, const float* c, int64_t M, int64_t P, void* out) {
-  if (dtype == f32)
-    add_rows(static_cast<const float*>(a), stride, static_cast<const float*>(b), c, M, P, static_cast<float*>(out));
-  else
-    add_rows(static_cast<const uint16_t*>(a), stride, static_cast<const uint16_t*>(b), c, M, P,
-             static_cast<uint16_t*>(out));
-}
-
-// Some sequences at one step of the backward pass.
-struct BackwardStep {
-  int64_t d, sequence, M;  // M sequences from `sequence` on
-  int64_t token;           // of the first of them
-  int64_t token_before;    // the same at the step before, which `known` of them have; the others began here
-  int64_t known;
-};
-
-// The backward pass. A part takes its sequences through all steps: it never waits for another.
-struct Backward {
-  const Steps& steps;
-  const std::vector<BsrLinearGrad>&recurrent, &projection;
-  Dtype dtype;
-  int64_t directions;
-  bool reverse;
-
-  // step(BackwardStep, memory for M x `hidden` elements, dgrad) for all of them, the last step first.
-  template <class Step>
-  void run(int64_t hidden, const Step& step) const {
-    constexpr int64_t kSequences = 16;  // that bsr_linear_dgrad takes together
-    const int64_t tiles = (steps.batch + kSequences - 1) / kSequences;
-    const BsrLinearGrad& first = recurrent[0];
-    const int64_t weights = int64_t{first.crow[first.N / first.n]} * first.n * first.k;
-    const int64_t work = directions * steps.tokens * (weights + first.N);
-    const int64_t parts = std::min(tiles, parts_of(directions, work));
-    size_t words = 0;
-    for (const std::vector<BsrLinearGrad>* list : {&recurrent, &projection})
-      for (const BsrLinearGrad& a : *list) words = std::max(words, (a.scratch() + 15) / 16 * 16);
-    BsrLinearGradKernel* kernel = dgrad_kernel(dtype);
-    over_directions(directions, parts, work, [&](int64_t d, int64_t begin, int64_t end) {
-      const int64_t low = tiles * begin / parts * kSequences;
-      const int64_t high = std::min(tiles * end / parts * kSequences, steps.batch);
-      static thread_local Scratch memory;
-      float* scratch = memory.at_least(words + (high - low) * hidden);
-      const auto dgrad = [&](BsrLinearGrad a, int64_t M, const void* grad, void* dx) {
-        a.M = M;
-        a.grad = grad;
-        a.dx = dx;
-        kernel(a, 0, 1, scratch);
-      };
-      const bool backwards = reverse != (d == 1);
-      for (int64_t index = steps.count(); index-- > 0;) {
-        const int64_t now = steps.at(index, backwards), before = index ? steps.at(index - 1, backwards) : now;
-        BackwardStep at{d, low};
-        at.M = std::min(steps.size[now], high) - low;
-        at.token = steps.start[now] + low;
-        at.token_before = steps.start[before] + low;
-        if (at.M <= 0) continue;
-        if (index) at.known = std::max<int64_t>(0, std::min(at.M, steps.size[before] - low));
-        step(at, reinterpret_cast<char*>(scratch + words), dgrad);
-      }
-    });
   }
 };
 

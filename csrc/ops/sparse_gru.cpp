@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "recurrent.h"
+#include "recurrent_backward.h"
 
 #define FORWARD(isa, dtype, suffix) SparseGruKernel sparse_gru_##dtype##_##suffix;
 #define GRAD(isa, dtype, suffix) SparseGruGradKernel sparse_gru_grad_##dtype##_##suffix;

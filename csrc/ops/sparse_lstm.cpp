@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "recurrent.h"
+#include "recurrent_backward.h"
 
 #define FORWARD(isa, dtype, suffix) SparseLstmKernel sparse_lstm_##dtype##_##suffix;
 #define GRAD(isa, dtype, suffix) SparseLstmGradKernel sparse_lstm_grad_##dtype##_##suffix;

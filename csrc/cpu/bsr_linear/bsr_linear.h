@@ -43,9 +43,9 @@ struct BsrLinearGrad {
 typedef void BsrLinearKernel(const BsrLinear&, int part, int parts, float* scratch);
 typedef void BsrLinearGradKernel(const BsrLinearGrad&, int part, int parts, float* scratch);
 
-// For the same few block rows again and again. The first call finds out how many words they take, 0 if their blocks have
-// no packed form, the second one, with 64-byte aligned memory, packs them; the list should be sorted by length. Then each
-// call writes the sums of these rows to y for at most kPackedTokens tokens, without bias, residual and activation.
+// For the same block rows again and again. The first call of `pack` finds out how many words they take, 0 if their blocks
+// have no packed form; the second one packs them into 64-byte aligned memory. The list should be sorted by length. Then
+// `packed` writes the sums of these rows to y, for at most kPackedTokens tokens, without bias, residual and activation.
 constexpr int64_t kPackedTokens = 4;
 typedef size_t BsrLinearPackKernel(const BsrLinear&, const int32_t* block_rows, int64_t count, float* packed);
 typedef void BsrLinearPackedKernel(const BsrLinear&, const float* packed, float* scratch);

@@ -1,8 +1,8 @@
 // Few tokens again and again: the recurrent weights of an LSTM, which every step multiplies by one more state. Their
 // block rows are many and short, a dozen blocks each, so that a loop over one of them ends, mispredicted, before it has
-// covered its own latency. So they are repacked once, kStrips of them interleaved and all as long as the longest, which
-// is no waste where the list is sorted by length (row swizzle, Gale et al. 2020, arXiv:2006.10901). What then runs is one
-// loop over one stream.
+// covered its own latency. So they are repacked once, kStrips of them interleaved and all as long as the longest: no
+// waste where the list is sorted by length (row swizzle, Gale et al. 2020, arXiv:2006.10901). What then runs is one loop
+// over one stream.
 //
 // A strip is L rows of a block row: a vector of sums. In 4-byte words, every piece padded to kPiece:
 //
@@ -22,7 +22,7 @@ constexpr int kPiece = 16;
 
 SNLP_INLINE int64_t padded(int64_t words) { return (words + kPiece - 1) / kPiece * kPiece; }
 
-// How many words the listed block rows take, which are written unless `packed` is null. 0 if blocks are not one word wide, or have no whole vectors.
+// How many words the listed block rows take, which are written unless `packed` is null.
 template <class D, int L>
 size_t pack_rows(const BsrLinear& a, const int32_t* rows, int64_t count, float* packed) {
   const int64_t vectors = a.n / L, strips = count * vectors, groups = (strips + kStrips - 1) / kStrips;
@@ -36,15 +36,12 @@ size_t pack_rows(const BsrLinear& a, const int32_t* rows, int64_t count, float* 
       const int64_t blocks = a.crow[row + 1] - a.crow[row];
       rounds = blocks > rounds ? blocks : rounds;
     }
-    int32_t* head = (int32_t*)packed + at;
-    at += kPiece;
-    int32_t* sums = (int32_t*)packed + at;
-    if (D::kShift) at += kStrips * L;
-    uint16_t* columns = (uint16_t*)(packed + at);
-    at += padded(rounds * kStrips / 2);
-    float* weights = packed + at;
-    at += rounds * kStrips * L;
+    const int64_t sums_at = at + kPiece, columns_at = sums_at + (D::kShift ? kStrips * L : 0);
+    const int64_t weights_at = columns_at + padded(rounds * kStrips / 2), head_at = at;
+    at = weights_at + rounds * kStrips * L;
     if (!packed) continue;
+    int32_t* head = (int32_t*)(packed + head_at);
+    uint16_t* columns = (uint16_t*)(packed + columns_at);
     head[kStrips] = (int32_t)rounds;
     for (int s = 0; s < kStrips; s++) {
       const int32_t row = s < now ? rows[(begin + s) / vectors] : 0;
@@ -58,10 +55,10 @@ size_t pack_rows(const BsrLinear& a, const int32_t* rows, int64_t count, float* 
         const bool stored = p < blocks;
         const VecL<L> words = stored ? D::template weights<L>(from) : VecL<L>{};
         columns[p * kStrips + s] = (uint16_t)(stored ? a.col[first + p] : a.K / D::kUnit);
-        store<L>(weights + (p * kStrips + s) * L, words);
+        store<L>(packed + weights_at + (p * kStrips + s) * L, words);
         if constexpr (D::kShift != 0) sum = D::template dot<L>(sum, splat_word<L>(&all_shift), words);
       }
-      if constexpr (D::kShift != 0) store_lanes<int32_t, L>(sums + s * L, sum);
+      if constexpr (D::kShift != 0) store_lanes<int32_t, L>((int32_t*)(packed + sums_at) + s * L, sum);
     }
   }
   return at;
@@ -127,7 +124,7 @@ void packed_rows(const BsrLinear& a, const float* packed, float* scratch) {
   packed_rows<D, L, 1>(a, packed, scratch, shape.x_token, scales);
 }
 
-// Lanes of the strips of these blocks, 0 if they are not packed.
+// Lanes of the strips; 0 for blocks that are not one word wide or have no whole vectors, which are not packed.
 template <class D>
 int packed_lanes(const BsrLinear& a) {
   if (a.k != D::kUnit || a.K / a.k > 0xffff) return 0;
