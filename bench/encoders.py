@@ -19,8 +19,8 @@ from sparsenlp import SparseLinear, from_pretrained
 from sparsenlp.benchmark import Inputs, dense_twin, random_inputs
 from sparsenlp.benchmark import Setting as FullSetting
 from sparsenlp.classifiers import silent_transformers
-from sparsenlp.convert import replace_modules
 from sparsenlp.data.demo import minilm_directory, rotten_tomatoes
+from sparsenlp.layers.composite import replace_modules
 from sparsenlp.models.encoders import fuse_encoders_, unfuse_encoders_
 from sparsenlp.prune.layers import prunable
 

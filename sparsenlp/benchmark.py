@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convert import replace_modules
 from .layers import SparseLinear
+from .layers.composite import replace_modules
 from .measure import Ratio, Timing, interleave, machine, ratio, use_threads
 
 EXACT_TOLERANCE = 1e-3  # largest difference of float32 logits, relative to the largest logit

@@ -43,10 +43,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .convert import replace_modules
 from .formats import BlockSparse
 from .formats.block import INDEX_DTYPE
 from .layers import SparseLinear
+from .layers.composite import replace_modules
 from .layers.encoder import FUSED_PRECISIONS
 from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options

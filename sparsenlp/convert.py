@@ -21,6 +21,7 @@ from .choose_encoders import choose_encoders_, first_tensor
 from .cost import CostModel
 from .formats.block import split_blocks
 from .layers import SparseEncoder
+from .layers.composite import replace_modules
 from .layers.encoder import FUSED_PRECISIONS
 from .measure import machine, use_threads
 from .models import after_conversion
@@ -180,14 +181,6 @@ def _change(
         cosine = float(torch.cosine_similarity(before[0], after[0], dim=-1).min())
         error = float((after[0] - before[0]).abs().max() / before[0].abs().max().clamp_min(1e-30))
     return OutputChange(cosine, error, before[1], after[1])
-
-
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put each new module wherever its old one hangs below `model`."""
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                setattr(parent, attribute, replacements[child])
 
 
 def _considered(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from .layers import SparseLinear
+from .layers.composite import named_layers
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,11 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
-    """(name, layer) of every nn.Linear, masked ones and subclasses included, and SparseLinear, once each."""
-    for name, module in model.named_modules():
+    """(name, layer) of every nn.Linear, masked ones and subclasses included, and SparseLinear, once each.
+
+    The matrices of an nn.LSTM or nn.GRU count as such.
+    """
+    for name, module in named_layers(model):
         if isinstance(module, nn.Linear | SparseLinear):
             yield name, module
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsenlp import SparseLinear
-from sparsenlp.convert import replace_modules
+from sparsenlp.layers.composite import replace_modules
 
 transformers = pytest.importorskip("transformers", reason="the models come from transformers")
 LENGTHS = (12, 5, 1, 9)

@@ -1,9 +1,9 @@
-"""What SparseLSTM and SparseGRU share: the arguments of torch's nn.LSTM and nn.GRU, a sparse matrix for each weight."""
+"""What SparseLSTM and SparseGRU share: the arguments of torch's nn.LSTM and nn.GRU, a linear layer for each weight."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..formats.recurrent import RecurrentTensors
 from ..ops.recurrent import batch_of
+from .dense_recurrent import dense_layers
 from .linear import SparseLinear
 
 Own = TypeVar("Own", bound="SparseRecurrent")
+Matrix = SparseLinear | nn.Linear
 States = tuple[Tensor, ...]
 
 
@@ -24,6 +26,11 @@ class SparseRecurrent(nn.Module):
     matrices  name -> SparseLinear: "ih_l0" (G hidden_size x input_size), "hh_l0", for an LSTM with proj_size "hr_l0",
               with the biases that torch calls bias_ih_l0 and bias_hh_l0; "_reverse" for the second direction, l1 and
               so on for further layers. They become submodules, which the state dict names
+
+    The matrices may also be nn.Linear, all of them (see `split`): then torch's own kernels compute with their weights
+    as they are in each call, masks and other parametrizations applied once. So everything that prunes, trains,
+    converts or stores nn.Linear works on a recurrent layer's matrices one by one, and putting a SparseLinear in for
+    each is all that makes the layer sparse. Their forward is not called, except for hooks (see dense_recurrent).
     """
 
     dense: ClassVar[type[nn.RNNBase]]
@@ -40,7 +47,7 @@ class SparseRecurrent(nn.Module):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
-        matrices: Mapping[str, SparseLinear],
+        matrices: Mapping[str, Matrix],
     ) -> None:
         super().__init__()
         if not 0 <= dropout <= 1:
@@ -65,9 +72,11 @@ class SparseRecurrent(nn.Module):
                 )
             if (matrix.bias is not None) != (bias and not name.startswith("hr")):
                 raise ValueError(f"{self._kind}: expected {name} {'with' if bias else 'without'} a bias")
-            if matrix.values.dtype != matrices["ih_l0"].values.dtype:
+            own, first = stored(matrix), stored(matrices["ih_l0"])
+            if own.dtype != first.dtype or isinstance(matrix, nn.Linear) != isinstance(matrices["ih_l0"], nn.Linear):
                 raise TypeError(
-                    f"{self._kind}: expected {name} of {matrices['ih_l0'].values.dtype}, got {matrix.values.dtype}"
+                    f"{self._kind}: expected {name} as {type(matrices['ih_l0']).__name__} of {first.dtype}, "
+                    f"as ih_l0, got {type(matrix).__name__} of {own.dtype}"
                 )
             self.add_module(name, matrix)
 
@@ -84,31 +93,48 @@ class SparseRecurrent(nn.Module):
         Raises TypeError unless `rnn` is of torch's class, ValueError for a mask of no weight, or where a weight cannot
         be cut into blocks, which it names.
         """
-        if not isinstance(rnn, cls.dense):
-            raise TypeError(f"{cls.__name__}: expected an nn.{cls.dense.__name__}, got {type(rnn).__name__}")
         masks = dict(masks or {})
         matrices = {}
-        for weight_name, weight in rnn.named_parameters():
-            if not weight_name.startswith("weight_"):
-                continue
-            name = weight_name.removeprefix("weight_")
-            shell: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            shell.weight = weight
-            shell.bias = getattr(rnn, f"bias_{name}", None)
+        for name, linear in cls._linears(rnn).items():
+            weight_name = f"weight_{name}"
             try:
-                matrices[name] = SparseLinear.from_dense(shell, block, masks.pop(weight_name, None))
+                matrices[name] = SparseLinear.from_dense(linear, block, masks.pop(weight_name, None))
             except ValueError as error:
                 raise ValueError(f"{cls.__name__}: {weight_name}: {error}") from None
         if masks:
             raise ValueError(f"{cls.__name__}: expected masks of weights, got {', '.join(masks)}")
         return cls(**_arguments(rnn), matrices=matrices).train(rnn.training)
 
+    @classmethod
+    def split(cls: type[Own], rnn: nn.RNNBase) -> Own:
+        """A layer with the same function whose matrices are nn.Linear, with the Parameters of `rnn` themselves.
+
+        Raises TypeError unless `rnn` is of torch's class.
+        """
+        return cls(**_arguments(rnn), matrices=cls._linears(rnn)).train(rnn.training)
+
+    @classmethod
+    def _linears(cls, rnn: nn.RNNBase) -> dict[str, nn.Linear]:
+        """An nn.Linear for each weight of torch's layer, by our name; they share its Parameters."""
+        if not isinstance(rnn, cls.dense):
+            raise TypeError(f"{cls.__name__}: expected an nn.{cls.dense.__name__}, got {type(rnn).__name__}")
+        linears = {}
+        for weight_name, weight in rnn.named_parameters():
+            if weight_name.startswith("weight_"):
+                name = weight_name.removeprefix("weight_")
+                linear: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                linear.weight = weight
+                linear.bias = getattr(rnn, f"bias_{name}", None)
+                linears[name] = linear.train(rnn.training)
+        return linears
+
     def to_dense(self) -> nn.RNNBase:
-        """torch's layer with the same function."""
+        """torch's layer with the same function, which shares the Parameters of matrices that are nn.Linear unmasked."""
         dense: Any = type(self).dense(**_arguments(self), device="meta")
-        for name in self._names():
-            linear = self._matrix(name).to_dense()
-            setattr(dense, f"weight_{name}", linear.weight)
+        for name, matrix in self.matrices.items():
+            linear = matrix if isinstance(matrix, nn.Linear) else matrix.to_dense()
+            own = linear._parameters.get("weight")  # a masked one is computed
+            setattr(dense, f"weight_{name}", nn.Parameter(linear.weight.detach()) if own is None else own)
             if linear.bias is not None:
                 setattr(dense, f"bias_{name}", linear.bias)
         dense.flatten_parameters()
@@ -116,8 +142,14 @@ class SparseRecurrent(nn.Module):
 
     def quantize(self: Own) -> Own:
         """This layer with int8 weights (BlockSparse.quantize), for inference; biases are shared."""
-        matrices = {name: self._matrix(name).quantize() for name in self._names()}
+        sparse = {name: matrix for name, matrix in self.matrices.items() if isinstance(matrix, SparseLinear)}
+        matrices = {name: matrix.quantize() for name, matrix in sparse.items()}
         return type(self)(**_arguments(self), matrices=matrices).train(self.training)
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """The submodules, by name."""
+        return {name: cast(Matrix, self._modules[name]) for name, _ in self._shapes()}
 
     def flatten_parameters(self) -> None:
         """Nothing to do; torch's layers have it, so models call it."""
@@ -143,14 +175,6 @@ class SparseRecurrent(nn.Module):
                 yield f"hh_l{layer}{direction}", (rows, self._output_size)
                 if self.proj_size:
                     yield f"hr_l{layer}{direction}", (self.proj_size, self.hidden_size)
-
-    def _names(self) -> list[str]:
-        return [name for name, _ in self._shapes()]
-
-    def _matrix(self, name: str) -> SparseLinear:
-        matrix = self._modules[name]
-        assert isinstance(matrix, SparseLinear)
-        return matrix
 
     def _tensors(self, layer: int) -> RecurrentTensors:
         tensors = RecurrentTensors([], [], [], [], [])
@@ -215,9 +239,13 @@ class SparseRecurrent(nn.Module):
             raise ValueError(f"{self._kind}: expected input_size = {self.input_size} features, got {x.shape[-1]}")
         if not x.shape[0]:
             raise ValueError(f"{self._kind}: expected at least one step, got x of shape {tuple(x.shape)}")
-        first = self._matrix("ih_l0").values
+        matrix = self._modules["ih_l0"]
+        dense = isinstance(matrix, nn.Linear)
+        first = stored(matrix)
         dtype = first.dtype if first.is_floating_point() else x.dtype
-        if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+        if dense and torch.is_autocast_enabled(x.device.type):
+            dtype = x.dtype  # torch's layer casts what it wants to
+        elif x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
             states = None if states is None else tuple(state.to(dtype) for state in states)
         if x.dtype != dtype or x.device != first.device:
@@ -232,6 +260,8 @@ class SparseRecurrent(nn.Module):
                     f"{self._kind}: expected states of shape {shape} and dtype {dtype} on {x.device}, "
                     f"got {tuple(state.shape)} and {state.dtype} on {state.device}"
                 )
+        if dense:
+            return dense_layers(self, x, batch_sizes, states)
         after: list[States] = []
         for layer in range(self.num_layers):
             own = slice(layer * self._directions, (layer + 1) * self._directions)
@@ -247,6 +277,11 @@ class SparseRecurrent(nn.Module):
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
         shown = {name: getattr(self, name) for name in (*defaults, "proj_size")}
         return text + "".join(f", {n}={v}" for n, v in shown.items() if v != defaults.get(n, 0))
+
+
+def stored(matrix: Any) -> Tensor:
+    """A tensor of the matrix's dtype and device; a mask is not applied for it."""
+    return matrix.values if isinstance(matrix, SparseLinear) else next(matrix.parameters())
 
 
 def _arguments(rnn: Any) -> dict[str, Any]:

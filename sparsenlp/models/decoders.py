@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from .. import native
-from ..convert import replace_modules
+from ..layers.composite import replace_modules
 from ..layers.decoder import DecoderLayerModules, DecoderStack, FewTokenLinear
 from ..ops.decoder_layers import NATIVE_DTYPES
 from .families import BLOCK_SPARSE

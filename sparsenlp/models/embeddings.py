@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..convert import replace_modules
+from ..layers.composite import replace_modules
 from ..layers.embeddings import FusedEmbeddings
 
 RULES = {

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..layers import FusedEmbeddings, NMLinear
+from ..layers.composite import replace_modules
 from ..layers.encoder import FUSED_PRECISIONS, SparseEncoder, as_precision
 from ..ops.encoder_layer import TILES, check_weights
 from ..reference.bsr_linear import ACTIVATIONS
@@ -104,7 +105,7 @@ def put_in_(model: nn.Module, chosen: Sequence[tuple[FusionCandidate, SparseEnco
     """Let each fused encoder take the place of its original in `model`, and fuse embeddings as well."""
     if chosen:
         fuse_embeddings_(model)
-    _replace(model, {candidate.site.module: encoder for candidate, encoder in chosen})
+    replace_modules(model, {candidate.site.module: encoder for candidate, encoder in chosen})
     for candidate, encoder in chosen:
         encoder.length_guard = _guard_length(candidate.site.owner)
         shorten_forward_(candidate.site.owner)
@@ -149,14 +150,8 @@ def unfuse_encoders_(model: nn.Module) -> int:
             encoder.length_guard.remove()
     for module in model.modules():
         restore_forward_(module)
-    _replace(model, {m: m.original for m in model.modules() if isinstance(m, SparseEncoder | FusedEmbeddings)})
+    replace_modules(model, {m: m.original for m in model.modules() if isinstance(m, SparseEncoder | FusedEmbeddings)})
     return len(fused)
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    from ..convert import replace_modules  # it imports this package
-
-    replace_modules(model, dict(replacements))
 
 
 class _NotFused(Exception):

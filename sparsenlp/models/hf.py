@@ -31,9 +31,9 @@ from ..checkpoint import (
     read_layers,
     to_disk,
 )
-from ..convert import replace_modules
 from ..formats.block import INDEX_DTYPE
 from ..layers import SparseLinear
+from ..layers.composite import replace_modules
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
 from .structure import restructure_, structure_of

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
+from ..layers.composite import join_composites_, on_split
 from .criteria import Criterion, find_criterion
 from .layers import FilterFn, Mask, mask_of, masked_layers, prunable, torch_mask_of, trainable_weight
 from .masks import MASKS, Threshold, check_sparsity
@@ -18,6 +19,7 @@ from .statistics import LayerStatistics
 
 
 @torch.no_grad()
+@on_split
 def prune_(
     model: nn.Module,
     pattern: Pattern,
@@ -45,7 +47,8 @@ def prune_(
     steps, state_dict, deepcopy and `to`. A second call tightens the masks: what is pruned stays
     pruned, so a lower sparsity changes nothing. `finalize_` makes the zeros permanent. Masks of
     torch.nn.utils.prune are taken over. Selected layers that share one weight share its mask, which
-    the statistics of the first of them decide.
+    the statistics of the first of them decide. An nn.LSTM or nn.GRU becomes a SparseLSTM or SparseGRU
+    with nn.Linear matrices, `lstm.ih_l0` and so on, until `finalize_`.
 
     Scores are made layer by layer; beside the statistics this takes 4 bytes for each unit of the
     pattern and 1 byte for each weight.
@@ -86,12 +89,12 @@ def mask_zeros_(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None =
 def finalize_(model: nn.Module) -> nn.Module:
     """Write the zeros of every mask, and int8 rounding, into its weight and remove the masks; returns `model`.
 
-    What remains are ordinary modules whose weights are the same Parameter objects as before. A model
-    without masks is returned as it is.
+    What remains are ordinary modules whose weights are the same Parameter objects as before; recurrent layers are
+    torch's own again. A model without masks is returned as it is.
     """
     for layer in masked_layers(model).values():
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return model
+    return join_composites_(model)
 
 
 def layer_sparsity(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, float]:

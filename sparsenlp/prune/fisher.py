@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.composite import on_split
 from ..modes import evaluating
 from .layers import FilterFn, apply_solution_, mask_of, solvable, trainable_weight
 from .masks import check_sparsity
@@ -78,6 +79,7 @@ def group_width(shape: tuple[int, int], pattern: Pattern, group_size: int) -> in
     return unit * next(count for count in range(max(group_size // unit, 1), 0, -1) if units % count == 0)
 
 
+@on_split
 def block_obs_(
     model: nn.Module,
     batches: Sequence[Any],

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from ..layers.composite import named_layers
+
 if TYPE_CHECKING:
     from .patterns import Pattern
 
@@ -62,10 +64,12 @@ def default_filter(module: nn.Module, name: str) -> bool:
 def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, nn.Linear]:
     """The linear layers that `filter_fn(module, name)` selects, by dotted name, in the model's order.
 
-    `filter_fn` defaults to `default_filter` and is asked about nn.Linear modules only. Raises
-    ValueError if the model has no nn.Linear or the filter selects none.
+    `filter_fn` defaults to `default_filter` and is asked about nn.Linear modules only. The matrices of an nn.LSTM or
+    nn.GRU (`lstm.ih_l0`, `lstm.hh_l0`, ...) come as views: their weights and gradients are those of the model, but
+    before masks or hooks are put on them `layers.composite.split_composites_` must make them part of it, as `prune_`
+    and the solvers do by themselves. Raises ValueError if the model has no linear layer or the filter selects none.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in named_layers(model) if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError(f"prune: expected a model with nn.Linear layers, got none in {type(model).__name__}")
     chosen = {name: module for name, module in linears.items() if (filter_fn or default_filter)(module, name)}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layers.composite import on_split
 from ..modes import evaluating
 from .layers import FilterFn, apply_solution_, mask_of, solvable, trainable_weight
 from .masks import check_sparsity
@@ -30,6 +31,7 @@ Solver = Callable[..., Solution]
 """(weight, statistic, previous=mask or None) -> (mask, new weight)."""
 
 
+@on_split
 def sparsegpt_(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -76,6 +78,7 @@ def sparsegpt_(
     return _prune_blocks(selected, batches, solve, _gram, rollback, progress)
 
 
+@on_split
 def exact_obs_(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -97,6 +100,7 @@ def exact_obs_(
     return _prune_blocks(selected, batches, solve, _gram, rollback, progress)
 
 
+@on_split
 def wanda_(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layers.composite import on_split
 from .layers import FilterFn, Mask, mask_of, prunable
 from .masks import Threshold, check_sparsity, local_masks
 from .patterns import Block, Pattern, Unstructured
@@ -55,6 +56,7 @@ class MovementMask(nn.Module):
         return f"pattern={self.pattern}, sparsity={self.sparsity}"
 
 
+@on_split
 def movement_(
     model: nn.Module, pattern: Pattern, sparsity: float | Threshold = 0.0, filter_fn: FilterFn | None = None
 ) -> dict[str, MovementMask]:

@@ -193,7 +193,8 @@ class InputStatistics(Collector):
 
         attention_mask  (B, T), 0 at padding tokens, which are left out; None counts every token
 
-        Inside, a layer whose inputs are not B · T tokens raises ValueError; leave it out of `layers`.
+        Inside, a layer whose inputs are neither B · T tokens nor, as in a PackedSequence, those without the padding
+        raises ValueError; leave it out of `layers`.
         """
         mask = None if attention_mask is None else attention_mask.detach().bool().flatten()
         with ExitStack() as stack:
@@ -210,7 +211,7 @@ class InputStatistics(Collector):
     @torch.no_grad()
     def _fold(self, name: str, inputs: Tensor, mask: Tensor | None) -> None:
         tokens = inputs.flatten(0, -2) if inputs.dim() > 1 else inputs[None]
-        if mask is not None:
+        if mask is not None and len(tokens) != int(mask.count_nonzero()):
             if len(mask) != len(tokens):
                 raise ValueError(
                     f"InputStatistics: expected {len(mask)} tokens in {name}, as in attention_mask, "

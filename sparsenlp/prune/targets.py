@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..layers.composite import on_split
 from .api import owners_of, present_masks, set_mask
 from .criteria import Criterion, find_criterion
 from .masks import check_sparsity, local_masks
@@ -31,6 +32,7 @@ class LayerTarget:
 
 
 @torch.no_grad()
+@on_split
 def prune_layers_(
     model: nn.Module,
     targets: Mapping[str, LayerTarget],

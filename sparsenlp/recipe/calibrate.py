@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..allocation import Allocation, allocate_to_target
 from ..data import TokenizedDataset, shuffled_batches
+from ..layers.composite import splitting
 from ..modes import evaluating
 from ..prune import CRITERIA, GradientStatistics, collector, prunable
 from ..prune.layers import FilterFn
@@ -26,6 +27,8 @@ def collect(
     model: nn.Module, data: TokenizedDataset, layers: Mapping[str, nn.Linear], criterion: str, seed: int = 0
 ) -> Collector | None:
     """The statistics that a criterion needs of `layers`, from the cross-entropy of BATCHES batches; None for none.
+
+    layers  of `model` itself, so recurrent layers must have been split
 
     The model, a classifier, stays as it is; gradients that it had are lost.
     """
@@ -53,8 +56,9 @@ def allocate_layers(
     What a layer loses are the scores that go, for a criterion whose scores compare across layers, else the KL
     divergence from the dense model on a batch.
     """
-    layers = prunable(model, filter_fn)
-    statistics = collect(model, data, layers, recipe.criterion, recipe.seed)
+    with splitting(model):
+        layers = prunable(model, filter_fn)
+        statistics = collect(model, data, layers, recipe.criterion, recipe.seed)
     comparable = CRITERIA[recipe.criterion].scope == "global"
     inputs = data.batch(range(min(BATCH_SIZE, len(data))))
     with torch.no_grad():

@@ -18,6 +18,7 @@ from .. import train as training
 from ..classifiers import Quality, is_sparse_checkpoint, save_model
 from ..convert import sparsify_
 from ..data import TokenizedDataset, minilm_directory
+from ..layers.composite import splitting
 from ..measure import interleave
 from ..plan import Plan
 from ..prune import (
@@ -213,8 +214,9 @@ def _prune_at_once(job: Job, stage: OneShot, filter_fn: FilterFn | None) -> None
         torch.manual_seed(recipe.seed)
         statistics = None
         if isinstance(job.task, Classification):
-            layers = prunable(model, filter_fn)
-            statistics = collect(model, job.task.train, layers, recipe.criterion, recipe.seed)
+            with splitting(model):
+                layers = prunable(model, filter_fn)
+                statistics = collect(model, job.task.train, layers, recipe.criterion, recipe.seed)
         if rule.layer_targets is not None:
             prune_layers_(model, rule.layer_targets, recipe.criterion, statistics)
         else:

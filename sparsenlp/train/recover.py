@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import UNLABELLED, TokenizedDataset, join, splice
+from ..layers.composite import on_split
 from ..prune.layers import FilterFn, prunable
 from .config import RecoveryConfig
 from .distill import CachedTeacher, LiveTeacher, Teacher, hidden_state_loss, make_teacher, soft_target_loss
@@ -25,6 +26,7 @@ from .relations import last_projections, recorded, relation_loss
 _ROUNDED = "rounded"
 
 
+@on_split
 def recover(
     model: nn.Module,
     teacher: nn.Module | Teacher,

@@ -1,0 +1,116 @@
+"""torch's layers that hold matrices but no nn.Linear (LSTM, GRU), and their twins whose matrices are linear layers.
+
+A twin with nn.Linear matrices ("split") computes the same, so masks, statistics and solvers reach the matrices; one
+with SparseLinear matrices is sparse. Models start with torch's layers and have them again where no mask is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from .recurrent import SparseRecurrent
+from .sparse_gru import SparseGRU
+from .sparse_lstm import SparseLSTM
+
+TWINS: dict[type[nn.Module], type[SparseRecurrent]] = {nn.LSTM: SparseLSTM, nn.GRU: SparseGRU}
+"""By torch's class; a subclass may compute something else."""
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+"""Attributes of modules; their handles go on working where a twin takes them over."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put each new module wherever its old one hangs below `model`."""
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, attribute, replacements[child])
+
+
+def is_composite(module: nn.Module) -> bool:
+    """Whether this is one of torch's layers that `split` takes: exactly of its class, each weight a Parameter."""
+    names: Any = getattr(module, "_flat_weights_names", ())
+    return type(module) in TWINS and all(name in module._parameters for name in names)
+
+
+def split(module: nn.Module) -> SparseRecurrent:
+    """The twin with nn.Linear matrices, which has the layer's Parameters and hooks."""
+    return _with_hooks(TWINS[type(module)].split(cast(nn.RNNBase, module)), module)
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """model.named_modules(), and after each layer of torch that could be split its matrices, as if it were.
+
+    Those are nn.Linear views: they share Parameters (and their gradients) with the layer, but the model does not call
+    them, so a mask or a hook on one does nothing. For these `splitting` comes first.
+    """
+    for name, module in model.named_modules():
+        yield name, module
+        if is_composite(module) and module is not model:
+            for own, view in split(module).matrices.items():
+                yield f"{name}.{own}", view
+
+
+def split_composites_(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Put twins with nn.Linear matrices in for torch's layers, in place; returns {torch's layer: twin}.
+
+    Nothing else changes: Parameters are the same objects, outputs and gradients the same numbers. The state dict has
+    the names of the twin, as `lstm.ih_l0.weight`, until `join_composites_`.
+    """
+    twins: dict[nn.Module, nn.Module] = {
+        module: split(module) for module in model.modules() if is_composite(module) and module is not model
+    }
+    replace_modules(model, twins)
+    return twins
+
+
+def join_composites_(model: nn.Module) -> nn.Module:
+    """Put torch's layers in for twins whose matrices are all plain nn.Linear, without masks; returns `model`."""
+    joined: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, SparseRecurrent) and module is not model and _is_plain(module):
+            joined[module] = _with_hooks(module.to_dense(), module)
+    replace_modules(model, joined)
+    return model
+
+
+@contextmanager
+def splitting(model: nn.Module) -> Iterator[None]:
+    """`split_composites_` for a block that may put masks on: where it put none, or failed, torch's layers come back."""
+    twins = split_composites_(model)
+    try:
+        yield
+    finally:
+        replace_modules(model, {twin: module for module, twin in twins.items() if _is_plain(twin)})
+
+
+def on_split(function: Function) -> Function:
+    """Decorator of a function whose first parameter is `model`, which it calls `splitting`."""
+
+    @wraps(function)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with splitting(model):
+            return function(model, *args, **kwargs)
+
+    return cast(Function, call)
+
+
+def _is_plain(twin: nn.Module) -> bool:
+    """Whether the matrices are nn.Linear and nothing but that."""
+    return all(type(child) is nn.Linear for child in twin.children())
+
+
+def _with_hooks(new: Module, old: nn.Module) -> Module:
+    for attribute in HOOKS:
+        setattr(new, attribute, getattr(old, attribute))
+    return new
