@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import SparseLinear
-from .layers.composite import replace_modules
+from .layers.composite import join_composites_, replace_modules
 from .measure import Ratio, Timing, interleave, machine, ratio, use_threads
 
 EXACT_TOLERANCE = 1e-3  # largest difference of float32 logits, relative to the largest logit
@@ -57,10 +57,10 @@ def bf16(model: nn.Module) -> nn.Module:
 
 
 def dynamic_int8(model: nn.Module) -> nn.Module:
-    """A copy whose linear layers hold int8 weights and quantize their inputs on the fly."""
+    """A copy whose linear and recurrent layers hold int8 weights and quantize their inputs on the fly."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # announces torch.ao's move to another package
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM, nn.GRU}, dtype=torch.qint8)
 
 
 def compiled(model: nn.Module) -> Callable[..., Any]:
@@ -227,7 +227,7 @@ def check(dense: nn.Module, settings: Sequence[Setting], baselines: Sequence[str
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """A copy with every SparseLinear written out as an nn.Linear with zeros.
+    """A copy with every SparseLinear written out as an nn.Linear with zeros, and recurrent layers as torch's.
 
     Raises ValueError for a layer with a fused activation, which an nn.Linear cannot hold.
     """
@@ -237,7 +237,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
         if layer.activation != "none":
             raise ValueError(f"dense_twin: expected {name} without an activation, got {layer.activation}")
     replace_modules(twin, {layer: layer.to_dense() for layer in layers.values()})
-    return twin
+    return join_composites_(twin)
 
 
 def random_inputs(model: nn.Module, setting: Setting) -> Inputs:

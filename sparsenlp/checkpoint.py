@@ -14,6 +14,9 @@ and model.safetensors holds for each of them
     <name>.scales        (N,)                float32  where `int8` is true
     <name>.bias          (N,)                dtype   where `bias` is true
 
+The matrices of a sparse recurrent layer "rnn" are such layers, "rnn.ih_l0", "rnn.hh_l0" and so on (see
+layers.recurrent): all of them, of one dtype, without activation or input_scale.
+
 `crc32` runs over the bytes of these tensors in this order. All other tensors are stored as they are.
 
 A model with fused encoders has `fused_encoders` beside `modules`: {name: {precision, tile}}, which are fused
@@ -46,8 +49,9 @@ from torch import Tensor, nn
 from .formats import BlockSparse
 from .formats.block import INDEX_DTYPE
 from .layers import SparseLinear
-from .layers.composite import replace_modules
+from .layers.composite import replace_modules, split_composites_
 from .layers.encoder import FUSED_PRECISIONS
+from .layers.recurrent import SparseRecurrent
 from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
 from .models.structure import structure_of
@@ -105,9 +109,13 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer: A
     tokenizer   saved along by its own save_pretrained
     returns     the directory
 
-    Raises ValueError if a layer still carries a pruning mask or the state holds something other than
-    tensors, NotADirectoryError if `directory` is a file, OSError if it cannot be written.
+    Raises ValueError if a layer still carries a pruning mask, a recurrent one is still split into its matrices, or the
+    state holds something other than tensors, NotADirectoryError if `directory` is a file, OSError if it cannot be
+    written.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, SparseRecurrent) and any(isinstance(m, nn.Linear) for m in module.children()):
+            raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got {name} split for pruning")
     target = Path(directory).resolve()
     with _staged(target) as staging:
         if is_transformers_model(model):
@@ -129,8 +137,8 @@ def from_pretrained(
 ) -> nn.Module:
     """Load what `save_pretrained` wrote. No code is taken from the files, and nothing is unpickled.
 
-    model         a dense skeleton with the same structure, for a plain module: its nn.Linear layers are
-                  replaced as the file says, its other tensors filled. It is changed only after all checks.
+    model         a dense skeleton with the same structure, for a plain module: its nn.Linear and recurrent layers
+                  are replaced as the file says, its other tensors filled. It is changed only after all checks.
     model_class   for a transformers model: the class to build, by default the one config.json names
     kwargs        passed on to the transformers class's from_pretrained
     returns       the filled `model` itself, or a new transformers model in eval mode
@@ -286,6 +294,30 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> Iterator[TensorFiles]:
         yield TensorFiles(handles)
 
 
+def composites_of(entries: Iterable[str]) -> set[str]:
+    """Names of the layers that would hold these ones."""
+    return {name.rpartition(".")[0] for name in entries}
+
+
+def check_composites(model: nn.Module, entries: Mapping[str, LayerEntry], where: str) -> None:
+    """Raise CheckpointError unless the matrices of each recurrent layer, split in `model`, can be sparse together."""
+    for name, module in model.named_modules():
+        own = [f"{name}.{matrix}" for matrix in module.matrices] if isinstance(module, SparseRecurrent) else []
+        found = {matrix: entries[matrix] for matrix in own if matrix in entries}
+        if not found:
+            continue
+        if missing := next((matrix for matrix in own if matrix not in found), None):
+            raise CheckpointError(f"{where}: expected all matrices of {name} or none, got none for {missing}")
+        first = found[own[0]]
+        for matrix, entry in found.items():
+            wanted, got = ((e.dtype, e.int8, e.activation, e.input_scale) for e in (first, entry))
+            if got != wanted or entry.activation != "none" or entry.input_scale is not None:
+                raise CheckpointError(
+                    f"{where}: expected {matrix} of dtype {first.dtype} with int8={first.int8} as {own[0]}, without "
+                    f"activation and input_scale, got {got}"
+                )
+
+
 def linear_for(model: nn.Module, name: str, entry: LayerEntry, where: str) -> nn.Linear:
     """The nn.Linear of `model` that a sparse layer replaces, or CheckpointError if it does not fit."""
     module = model.get_submodule(name)
@@ -379,7 +411,18 @@ def _read_layer(name: str, entry: LayerEntry, files: TensorFiles) -> BlockSparse
 
 
 def _fill(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry]) -> nn.Module:
-    """Load a plain checkpoint into a skeleton; all checks come before the first change."""
+    """Load a plain checkpoint into a skeleton, which stays as it is if a check fails."""
+    twins = split_composites_(model, composites_of(entries))
+    try:
+        check_composites(model, entries, str(file))
+        return _fill_split(model, file, entries)
+    except BaseException:
+        replace_modules(model, {twin: module for module, twin in twins.items()})
+        raise
+
+
+def _fill_split(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry]) -> nn.Module:
+    """All checks come before the first change."""
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     if meta := next((name for name, tensor in state.items() if tensor.is_meta), None):
         raise ValueError(f"from_pretrained: expected a skeleton with memory (model.to_empty), got {meta} on meta")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import exp, log
@@ -88,7 +88,7 @@ class Chooser:
     def choose(self, row: PlanRow, candidate: Candidate) -> PlanRow:
         """The row completed. Raises RuntimeError if a sparse layer's result differs from the dense one's."""
         if self.config.measure == "off":
-            block = _by_pattern(candidate.densities)
+            block = by_pattern(candidate.densities)
             return row.choose(block, candidate.densities[block], "by pattern, not measured")
         kinds = _kinds(row.dtype, candidate.densities)
         if self.model is not None and kinds and all(kind in self.model.fitted for kind in kinds):
@@ -162,7 +162,8 @@ def _kinds(dtype: torch.dtype, blocks: Iterable[BlockShape]) -> list[Kind]:
     return [Kind.of(dtype), *(Kind.of(dtype, block) for block in blocks)]
 
 
-def _by_pattern(densities: dict[BlockShape, float]) -> BlockShape:
+def by_pattern(densities: Mapping[BlockShape, float]) -> BlockShape:
+    """The first block shape that stores about as little as any."""
     least = min(densities.values())
     return next(block for block, density in densities.items() if density <= AS_SPARSE * least)
 

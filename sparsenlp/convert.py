@@ -6,7 +6,7 @@ Which layers and block shapes come into question, and the surgery, stand here; `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from .choose import RESULT_TOLERANCE, Candidate, Chooser, sparse_layer
+from .choose_composites import choose_composite, find_composites
 from .choose_decoders import choose_decoder_
 from .choose_encoders import choose_encoders_, first_tensor
 from .cost import CostModel
 from .formats.block import split_blocks
 from .layers import SparseEncoder
-from .layers.composite import replace_modules
+from .layers.composite import is_composite, replace_modules
 from .layers.encoder import FUSED_PRECISIONS
+from .layers.recurrent import SparseRecurrent
 from .measure import machine, use_threads
 from .models import after_conversion
 from .plan import MEASURES, BlockShape, OutputChange, Plan, PlanRow
@@ -54,7 +56,8 @@ class SparsifyConfig:
     fuse          let encoders of known families (models.families) run as fused layers, where that is faster; with
                   measure "off" without timing
     precisions    of fused encoders that are allowed beside that of the weights: "bfloat16", "int8"; taken where they
-                  are min_speedup faster. The model keeps its own weights
+                  are min_speedup faster. The model keeps its own weights. Recurrent layers may take int8 weights, for
+                  good
     inputs        keyword arguments of the model: its output on them is compared before and after
     evaluate      model -> a number, of which the plan tells the value before and after
     """
@@ -92,28 +95,32 @@ class SparsifyConfig:
 
 
 def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None) -> Plan:
-    """Replace nn.Linear layers that hold zeros by SparseLinear where that is faster, on this instance only.
+    """Replace layers that hold zeros, nn.Linear, nn.LSTM and nn.GRU, by sparse ones where that is faster, in place.
 
     The zeros may come from any pruner; masks (sparsenlp.prune, torch.nn.utils.prune) are read as they
     are now and burned in. Each layer is compared on the CPU, in its own dtype and with warm weights,
     with every block shape that fits its zeros, as `config.measure` says; layers of the same shape and
     alike densities share a measurement. Unless it is "off", no layer becomes sparse before layers like
     it have been timed and were faster. Biases are shared with the old layers, and a Linear used in
-    several places stays shared. Then encoders of known families become fused layers where that is faster still
+    several places stays shared. A recurrent layer is timed and chosen as a whole, in one block shape for all its
+    matrices. Then encoders of known families become fused layers where that is faster still
     (see models.fuse_encoders_, which can be undone), with fused embeddings, and the layers of known decoders one op
     (see models.decoders.fuse_decoder_).
 
-    filter_fn   (module, qualified name) -> whether to consider a Linear; None considers all
-    returns     the Plan: one row per Linear considered, `str(plan)` is a table
+    filter_fn   (module, qualified name) -> whether to consider a Linear; None considers all. A recurrent layer is
+                considered where one of its matrices ("lstm.hh_l0") is
+    returns     the Plan: one row per layer considered, `str(plan)` is a table
 
     Everything is measured and built before the first layer is replaced: on any error the model is as it was.
-    Raises ValueError if the model is a Linear itself, has none, filter_fn accepts none, or none has
+    Raises ValueError if the model is such a layer itself, has none, filter_fn accepts none, or none has
     `min_sparsity` zeros; RuntimeError if a sparse layer's result differs from the dense one's.
     """
     config = config or SparsifyConfig()
-    layers = _considered(model, filter_fn)
+    composites = find_composites(model, filter_fn)
+    layers = _considered(model, filter_fn, bool(composites))
     weights = {name: effective_weight(layer) for name, layer in layers.items()}
     sparsity = {name: 1.0 - int(w.count_nonzero()) / max(w.numel(), 1) for name, w in weights.items()}
+    sparsity |= {composite.name: composite.row.sparsity for composite in composites}
     best = max(sparsity, key=lambda name: sparsity[name])
     if sparsity[best] < config.min_sparsity:
         raise ValueError(
@@ -137,6 +144,14 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
             rows.append(row)
             if row.block is not None:
                 replacements[layer] = sparse_layer(layer, weights[name], row.block)
+        composite_rows = []
+        for composite in composites:
+            densities = candidate_densities([*composite.weights.values()], config)
+            shared = next((obstacles[id(m)] for m in composite.module.modules() if id(m) in obstacles), None)
+            chosen, twin = choose_composite(composite, densities, shared, config)
+            composite_rows.append(chosen)
+            if twin is not None:
+                replacements[composite.module] = twin
         plan = Plan(
             tuple(rows),
             machine(),
@@ -145,6 +160,7 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
             config.measure,
             len(chooser.measurements),
             chooser.model_errors,
+            composites=tuple(composite_rows),
         )
         replace_modules(model, replacements)
         try:
@@ -183,14 +199,17 @@ def _change(
     return OutputChange(cosine, error, before[1], after[1])
 
 
-def _considered(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Linear]:
+def _considered(model: nn.Module, filter_fn: FilterFn | None, composites: bool) -> dict[str, nn.Linear]:
+    """The layers of their own; there may be none if there are composites, whose matrices are not among them."""
     if _is_plain_linear(model):
         raise ValueError("sparsify_: expected a model that contains nn.Linear layers, got a single nn.Linear; wrap it")
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and _is_plain_linear(m)}
-    if not linears:
+    inside = {child for module in model.modules() if isinstance(module, SparseRecurrent) for child in module.children()}
+    modules = {n: m for n, m in model.named_modules() if m not in inside}
+    linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and _is_plain_linear(m)}
+    if not linears and not composites:
         raise ValueError(f"sparsify_: expected a model with nn.Linear layers, got none in {type(model).__name__}")
     chosen = {n: m for n, m in linears.items() if filter_fn is None or filter_fn(m, n)}
-    if not chosen:
+    if not chosen and not composites:
         raise ValueError(f"sparsify_: expected filter_fn to accept a layer, got none of {len(linears)}")
     return chosen
 
@@ -202,7 +221,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _obstacles(model: nn.Module) -> dict[int, str]:
-    """{id(linear): why it must stay an nn.Linear}."""
+    """{id(linear or recurrent layer): why it must stay as it is}."""
     reasons = {}
     owners: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for module in model.modules():
@@ -210,10 +229,12 @@ def _obstacles(model: nn.Module) -> dict[int, str]:
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path reads the weights itself
             for child in (module.linear1, module.linear2):
                 reasons[id(child)] = "weight is read by nn.TransformerEncoderLayer"
-        if not _is_plain_linear(module):
+        if not _is_plain_linear(module) and not is_composite(module):
             continue
         shared = [n for n, p in module.named_parameters() if owners[id(p)] > 1 and not n.endswith("bias")]
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if is_composite(module):
+            shared, hooks = [n for n in shared if n.startswith("weight")], []
         if shared:
             reasons[id(module)] = "weight is shared with another module"
         elif any(not isinstance(hook, BasePruningMethod) for hook in hooks):
@@ -238,16 +259,20 @@ def _draft(
     return row.keep_dense("" if densities else f"no block shape leaves out {config.min_sparsity:.0%}"), densities
 
 
-def candidate_densities(weight: Tensor, config: SparsifyConfig) -> dict[BlockShape, float]:
+def candidate_densities(weight: Tensor | Sequence[Tensor], config: SparsifyConfig) -> dict[BlockShape, float]:
     """{block: stored density} of the block shapes worth trying on a weight (N, K), in the order of config.blocks.
+
+    For several weights, of those worth trying on all of them, and the density is that of all together.
 
     A shape is dropped if it does not divide the weight, leaves out fewer than `min_sparsity` of it, stores
     2.5 times as much as the sparsest one, or if one of the same width k with more rows stores (within 2 %) no more.
     """
+    weights = [weight] if isinstance(weight, Tensor) else [*weight]
+    total = sum(each.numel() for each in weights)
     densities = {}
     for n, k in config.blocks:
-        if weight.shape[0] % n == 0 and weight.shape[1] % k == 0:
-            density = float(_stored_blocks(weight, (n, k)).float().mean())
+        if all(each.shape[0] % n == 0 and each.shape[1] % k == 0 for each in weights):
+            density = sum(n * k * int(_stored_blocks(each, (n, k)).count_nonzero()) for each in weights) / total
             if density <= 1.0 - config.min_sparsity:
                 densities[n, k] = density
     limit = WORTH_MEASURING * min(densities.values(), default=0.0)

@@ -17,6 +17,8 @@ Seconds = dict[int, float]
 """{tokens: predicted seconds per call}"""
 SEPARATE = "separate layers"
 """An encoder that is not fused."""
+DENSE = "dense"
+"""A layer that is not sparse."""
 MEASURES = ("model", "time", "off")
 """What may decide: a cost model and a timing that confirms it, timings alone, or the pattern of zeros."""
 
@@ -49,6 +51,10 @@ class PlanRow:
     predicted_dense: Seconds = field(default_factory=dict)
     predicted_sparse: dict[BlockShape, Seconds] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
     def keep_dense(self, reason: str, speedup: float | None = None) -> PlanRow:
         return replace(self, reason=reason, speedup=speedup)
 
@@ -63,7 +69,7 @@ class PlanRow:
 
     @property
     def chosen(self) -> str:
-        return "dense" if self.block is None else block_name(self.block)
+        return DENSE if self.block is None else block_name(self.block)
 
     @property
     def best(self) -> Times:
@@ -95,6 +101,58 @@ class PlanRow:
             "predicted_dense_seconds": _seconds_dict(self.predicted_dense),
             "predicted_sparse_seconds": {block_name(b): _seconds_dict(s) for b, s in self.predicted_sparse.items()},
         }
+
+
+@dataclass(frozen=True)
+class CompositePlanRow:
+    """A layer of several matrices (see layers.composite), which are all sparse or all dense.
+
+    kind            torch's class, "LSTM"
+    weights         in all matrices together
+    sparsity        fraction of them that are zero
+    block           (n, k) of the matrices, None if the layer stays dense
+    precision       "int8" where they were quantized, else None
+    stored_density  fraction of the weights that `block` stores
+    reason, speedup, times, cosines   as in EncoderPlanRow, of DENSE and each block shape, "8x1", "8x1 int8"
+    """
+
+    name: str
+    kind: str
+    weights: int
+    dtype: torch.dtype
+    sparsity: float
+    block: BlockShape | None = None
+    precision: str | None = None
+    stored_density: float = 1.0
+    reason: str = ""
+    speedup: float | None = None
+    times: dict[str, Times] = field(default_factory=dict)
+    cosines: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> str:
+        return DENSE if self.block is None else option_name(self.block, self.precision)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data; times in seconds."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "weights": self.weights,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sparsity": self.sparsity,
+            "chosen": self.chosen,
+            "stored_density": self.stored_density,
+            "reason": self.reason,
+            "speedup": self.speedup,
+            "seconds": {option: _times_dict(times) for option, times in self.times.items()},
+            "cosines": self.cosines,
+        }
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.name} ({self.kind}, {self.weights:,} weights, {dtype}, {self.sparsity:.1%} zeros)"
+        return "\n  ".join([f"{text}: {self.chosen}, {self.reason}", *_option_lines(self.times, self.cosines)])
 
 
 @dataclass(frozen=True)
@@ -139,12 +197,7 @@ class EncoderPlanRow:
 
     def __str__(self) -> str:
         text = f"{self.name or 'encoder'} ({self.kind}, {self.layers} layers): {self.chosen}, {self.reason}"
-        options = []
-        for option, times in self.times.items():
-            ms = ", ".join(f"{_ms(timing.median)} ms @{tokens}" for tokens, timing in times.items())
-            cosine = f", cosine {self.cosines[option]:.6f}" if option in self.cosines else ""
-            options.append(f"{option} {ms}{cosine}")
-        lines = ["\n  ".join([text, *options])]
+        lines = ["\n  ".join([text, *_option_lines(self.times, self.cosines)])]
         if any(
             counts["removed"] for layer in self.dead_weight for counts in layer.values() if isinstance(counts, dict)
         ):
@@ -187,6 +240,7 @@ class Plan:
     measurements  how many distinct ones were made
     model_errors  of the cost model, by kind of layer: 90th percentile of its relative error on calls it had not seen
     encoders      one row for each encoder of a known family
+    composites    one row for each recurrent layer
     change        of the model's output, where inputs or an evaluation were given
     """
 
@@ -199,17 +253,24 @@ class Plan:
     model_errors: dict[str, float] = field(default_factory=dict)
     encoders: tuple[EncoderPlanRow, ...] = ()
     change: OutputChange | None = None
+    composites: tuple[CompositePlanRow, ...] = ()
+
+    @property
+    def layers(self) -> tuple[PlanRow | CompositePlanRow, ...]:
+        """Rows of all layers that were considered."""
+        return (*self.rows, *self.composites)
 
     @property
     def converted(self) -> tuple[str, ...]:
         """Names of the layers that are sparse now."""
-        return tuple(row.name for row in self.rows if row.block is not None)
+        return tuple(row.name for row in self.layers if row.block is not None)
 
     @property
     def spread(self) -> float | None:
         """Largest (p80 - p20) / median among the times; None without any."""
-        times = (t for row in self.rows for ts in (row.dense, *row.sparse.values()) for t in ts.values())
-        return max((t.spread for t in times), default=None)
+        tables = [times for row in self.rows for times in (row.dense, *row.sparse.values())]
+        tables += [times for row in self.composites for times in row.times.values()]
+        return max((timing.spread for times in tables for timing in times.values()), default=None)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -221,12 +282,13 @@ class Plan:
             "model_errors": self.model_errors,
             "spread": self.spread,
             "rows": [row.as_dict() for row in self.rows],
+            "composites": [row.as_dict() for row in self.composites],
             "encoders": [row.as_dict() for row in self.encoders],
             "change": None if self.change is None else asdict(self.change),
         }
 
     def __str__(self) -> str:
-        return "\n".join([_align(self._cells()), *self._footer()])
+        return "\n".join([*([_align(self._cells())] if self.rows else []), *self._footer()])
 
     def _cells(self) -> list[list[str]]:
         counts = self.token_counts if self.measure != "off" else ()
@@ -245,7 +307,7 @@ class Plan:
         return cells
 
     def _footer(self) -> list[str]:
-        lines = [f"{len(self.converted)} of {len(self.rows)} layers are sparse now"]
+        lines = [*map(str, self.composites), f"{len(self.converted)} of {len(self.layers)} layers are sparse now"]
         if self.spread is not None:
             lines.append(
                 f"{self.measurements} measurements on {self.threads} threads, medians, weights warm; "
@@ -273,6 +335,20 @@ def mean_seconds(seconds: Seconds) -> float:
 def block_name(block: BlockShape) -> str:
     """(8, 1) -> "8x1"."""
     return f"{block[0]}x{block[1]}"
+
+
+def option_name(block: BlockShape, precision: str | None) -> str:
+    """((8, 1), "int8") -> "8x1 int8"."""
+    return block_name(block) + (f" {precision}" if precision else "")
+
+
+def _option_lines(times: dict[str, Times], cosines: dict[str, float]) -> list[str]:
+    """A line for each option that was timed."""
+    lines = []
+    for option, own in times.items():
+        ms = ", ".join(f"{_ms(timing.median)} ms @{tokens}" for tokens, timing in own.items())
+        lines.append(f"{option} {ms}" + (f", cosine {cosines[option]:.6f}" if option in cosines else ""))
+    return lines
 
 
 def _dead_weight_text(layers: tuple[dict[str, Any], ...]) -> str:

@@ -237,8 +237,8 @@ def _report(job: Job, outcome: Outcome) -> None:
         if not isinstance(quality, Quality):
             say(f"perplexity, {name}: {quality.perplexity:.1f}")
     sizes = report(outcome.model)
-    weights = {row.name: row.shape[0] * row.shape[1] for row in plan.rows if row.sparsity > 0}
-    zeros = sum(row.sparsity * weights[row.name] for row in plan.rows if row.name in weights) / sum(weights.values())
+    weights = {row.name: row.weights for row in plan.layers if row.sparsity > 0}
+    zeros = sum(row.sparsity * weights[row.name] for row in plan.layers if row.name in weights) / sum(weights.values())
     say(
         f"{zeros:.1%} of the weights of {len(weights)} pruned layers are zero; {len(plan.converted)} of them are sparse"
     )

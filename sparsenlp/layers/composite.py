@@ -6,7 +6,7 @@ with SparseLinear matrices is sparse. Models start with torch's layers and have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -45,7 +45,7 @@ def is_composite(module: nn.Module) -> bool:
 
 def split(module: nn.Module) -> SparseRecurrent:
     """The twin with nn.Linear matrices, which has the layer's Parameters and hooks."""
-    return _with_hooks(TWINS[type(module)].split(cast(nn.RNNBase, module)), module)
+    return with_hooks(TWINS[type(module)].split(cast(nn.RNNBase, module)), module)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,15 +61,18 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{name}.{own}", view
 
 
-def split_composites_(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def split_composites_(model: nn.Module, names: Container[str] | None = None) -> dict[nn.Module, nn.Module]:
     """Put twins with nn.Linear matrices in for torch's layers, in place; returns {torch's layer: twin}.
 
     Nothing else changes: Parameters are the same objects, outputs and gradients the same numbers. The state dict has
     the names of the twin, as `lstm.ih_l0.weight`, until `join_composites_`.
+
+    names  qualified names of the layers to split; None: all
     """
-    twins: dict[nn.Module, nn.Module] = {
-        module: split(module) for module in model.modules() if is_composite(module) and module is not model
-    }
+    twins: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_composite(module) and module is not model and (names is None or name in names) and module not in twins:
+            twins[module] = split(module)
     replace_modules(model, twins)
     return twins
 
@@ -79,7 +82,7 @@ def join_composites_(model: nn.Module) -> nn.Module:
     joined: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, SparseRecurrent) and module is not model and _is_plain(module):
-            joined[module] = _with_hooks(module.to_dense(), module)
+            joined[module] = with_hooks(module.to_dense(), module)
     replace_modules(model, joined)
     return model
 
@@ -110,7 +113,8 @@ def _is_plain(twin: nn.Module) -> bool:
     return all(type(child) is nn.Linear for child in twin.children())
 
 
-def _with_hooks(new: Module, old: nn.Module) -> Module:
+def with_hooks(new: Module, old: nn.Module) -> Module:
+    """`new` with the forward hooks of `old`, which may still be removed by their handles."""
     for attribute in HOOKS:
         setattr(new, attribute, getattr(old, attribute))
     return new

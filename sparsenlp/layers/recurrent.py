@@ -143,8 +143,17 @@ class SparseRecurrent(nn.Module):
     def quantize(self: Own) -> Own:
         """This layer with int8 weights (BlockSparse.quantize), for inference; biases are shared."""
         sparse = {name: matrix for name, matrix in self.matrices.items() if isinstance(matrix, SparseLinear)}
-        matrices = {name: matrix.quantize() for name, matrix in sparse.items()}
+        return self.with_matrices({name: matrix.quantize() for name, matrix in sparse.items()})
+
+    def with_matrices(self: Own, matrices: Mapping[str, Matrix]) -> Own:
+        """A layer with the same arguments and other matrices."""
         return type(self)(**_arguments(self), matrices=matrices).train(self.training)
+
+    def sample(self, batch: int, steps: int, generator: torch.Generator) -> Tensor:
+        """A random input of so many sequences and steps."""
+        shape = (batch, steps) if self.batch_first else (steps, batch)
+        values = stored(self._modules["ih_l0"])
+        return torch.randn(*shape, self.input_size, generator=generator).to(values)
 
     @property
     def matrices(self) -> dict[str, Matrix]:

@@ -24,6 +24,8 @@ from ..checkpoint import (
     FORMAT_VERSION,
     METHOD,
     CheckpointError,
+    check_composites,
+    composites_of,
     linear_for,
     parse_description,
     parse_fused,
@@ -33,7 +35,7 @@ from ..checkpoint import (
 )
 from ..formats.block import INDEX_DTYPE
 from ..layers import SparseLinear
-from ..layers.composite import replace_modules
+from ..layers.composite import join_composites_, replace_modules, split_composites_
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
 from .structure import restructure_, structure_of
@@ -91,9 +93,12 @@ class SparseNlpQuantizer(HfQuantizer):
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from None
         weights = read_layers(checkpoint_files, entries)
+        parents = (_local_name(model, name) for name in composites_of(entries))
+        split_composites_(model, {name for name in parents if name is not None})
         local = {name: _local_name(model, name) for name in entries}
         if entries and not any(local.values()):
             raise CheckpointError(f"{where}: expected layers of {type(model).__name__}, got {next(iter(entries))}")
+        check_composites(model, {target: entries[n] for n, target in local.items() if target is not None}, where)
         _replace_conv1d(model, [target for target in local.values() if target is not None])
         replacements: dict[nn.Module, nn.Module] = {}
         for name, entry in entries.items():
@@ -160,6 +165,7 @@ class SparseNlpQuantizer(HfQuantizer):
         """Dense nn.Linear layers with zeros again."""
         sparse = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
         replace_modules(model, {layer: layer.to_dense() for layer in sparse})
+        join_composites_(model)
         return model if dtype is None else model.to(dtype)
 
 
