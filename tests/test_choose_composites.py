@@ -65,7 +65,6 @@ def test_a_pruned_layer_becomes_sparse_as_a_whole(cell, kind, masked):
         ({"8x1": 0.5, "4x1": 0.6, "8x1 int8": 0.49, "4x1 int8": 0.55}, "8x1"),
         ({"8x1": 0.7, "4x1": 0.6, "8x1 int8": 0.3}, "8x1 int8"),
         ({"8x1": 0.97}, "dense"),
-        ({"8x1 int8": 0.5}, "8x1 int8"),
     ],
 )
 def test_the_fastest_is_chosen_and_int8_must_be_worth_it(clock, times, chosen):

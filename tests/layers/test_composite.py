@@ -14,12 +14,13 @@ from sparsenlp import SparseGRU, SparseLinear, SparseLSTM
 from sparsenlp.layers.composite import join_composites_, named_layers, split, split_composites_, splitting
 from sparsenlp.prune import InputStatistics
 
-SPACE = [
-    (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
-    (nn.LSTM, {"batch_first": True, "proj_size": 4}),
-    (nn.LSTM, {"bidirectional": True, "proj_size": 4, "bias": False}),
-    (nn.GRU, {"num_layers": 2, "batch_first": True}),
-    (nn.GRU, {"bidirectional": True, "bias": False}),
+CASES = [
+    (nn.LSTM, {"num_layers": 2, "bidirectional": True}, "packed"),
+    (nn.LSTM, {"batch_first": True, "proj_size": 4}, "with states"),
+    (nn.LSTM, {"bidirectional": True, "proj_size": 4, "bias": False}, "packed"),
+    (nn.GRU, {"num_layers": 2, "batch_first": True}, "packed"),
+    (nn.GRU, {"bidirectional": True, "bias": False}, "with states"),
+    (nn.GRU, {"batch_first": True}, "unbatched"),
 ]
 
 
@@ -41,8 +42,7 @@ def numbers(result):
     return [getattr(y, "data", y), *(states if isinstance(states, tuple) else (states,))]
 
 
-@pytest.mark.parametrize("form", ["with states", "packed", "unbatched"])
-@pytest.mark.parametrize(("kind", "options"), SPACE, ids=str)
+@pytest.mark.parametrize(("kind", "options", "form"), CASES, ids=str)
 def test_a_split_layer_gives_what_torchs_gives(kind, options, form):
     torch.manual_seed(0)
     rnn = kind(6, 8, **options)
@@ -79,8 +79,7 @@ def test_autocast_is_torchs():
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("form", ["with states", "packed"])
-@pytest.mark.parametrize(("kind", "options"), SPACE, ids=str)
+@pytest.mark.parametrize(("kind", "options", "form"), CASES[:-1], ids=str)
 def test_hooks_see_the_inputs_of_every_matrix(kind, options, form):
     """Inputs are told by replaying them: what the matrices make of them must be the gates of torch's layer."""
     torch.manual_seed(0)
