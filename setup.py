@@ -52,6 +52,7 @@ SHARES_KERNELS_OF = {
     "sparse_ffn": ["encoder_layer", "bsr_linear"],
     "dense_attention": ["encoder_layer"],
     "block_sparse_attention": ["encoder_layer"],
+    "sparse_conv1d": ["encoder_layer", "bsr_linear"],
     "sparse_gru": ["sparse_lstm"],
 }
 CUDA_LIBRARY = "sparsenlp.libsparsenlp_cuda"

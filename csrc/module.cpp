@@ -50,6 +50,8 @@ static PyObject* kernels(PyObject*, PyObject*) {
 #include "cpu/decoder_layers/decoder_layers.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "sparse_lstm." #dtype},
 #include "cpu/sparse_lstm/sparse_lstm.inc"
+#define FORWARD(isa, dtype, suffix) {isa, "sparse_conv1d." #dtype},
+#include "cpu/sparse_conv1d/sparse_conv1d.inc"
 #define FORWARD(isa, dtype, suffix) {isa, "sparse_gru." #dtype},
 #include "cpu/sparse_gru/sparse_gru.inc"
   };

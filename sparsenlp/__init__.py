@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .convert import SparsifyConfig, sparsify_
 from .formats import BlockMask, BlockSparse, MaskRule
-from .layers import NMLinear, SparseGRU, SparseLinear, SparseLSTM
+from .layers import NMLinear, SparseConv1d, SparseGRU, SparseLinear, SparseLSTM
 from .models import connect_transformers
 from .models.block_sparse_attention import use_block_sparse_attention_, use_dense_attention_
 from .plan import Plan
@@ -18,6 +18,7 @@ __all__ = [
     "MaskRule",
     "NMLinear",
     "Plan",
+    "SparseConv1d",
     "SparseGRU",
     "SparseLSTM",
     "SparseLinear",

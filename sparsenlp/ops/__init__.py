@@ -8,6 +8,7 @@ from .dense_attention import dense_attention
 from .embed_layer_norm import embed_layer_norm
 from .encoder_layer import encoder_layer, encoder_pack, encoder_unpack
 from .nm_linear import nm_linear
+from .sparse_conv1d import sparse_conv1d
 from .sparse_ffn import sparse_ffn
 from .sparse_gru import sparse_gru
 from .sparse_lstm import sparse_lstm
@@ -24,6 +25,7 @@ __all__ = [
     "encoder_pack",
     "encoder_unpack",
     "nm_linear",
+    "sparse_conv1d",
     "sparse_ffn",
     "sparse_gru",
     "sparse_lstm",

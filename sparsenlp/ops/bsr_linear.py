@@ -135,10 +135,10 @@ def _check_arguments(
         check_input_scale(input_scale, weight.scales)
 
 
-def check_input_scale(input_scale: float, scales: Tensor | None) -> None:
+def check_input_scale(input_scale: float, scales: Tensor | None, op: str = "bsr_linear") -> None:
     """Raise ValueError unless it is a scale that int8 weights can use."""
     if scales is None or not 0 < input_scale < math.inf:
-        raise ValueError(f"bsr_linear: expected a positive, finite input_scale, with int8 weights, got {input_scale}")
+        raise ValueError(f"{op}: expected a positive, finite input_scale, with int8 weights, got {input_scale}")
 
 
 def _check_x(x: Tensor, values: Tensor, columns: int) -> None:

@@ -112,14 +112,19 @@ void rows_to_words(const float* rows, int64_t K, int T, const float* inverse, fl
 #endif
 
 // Features [0, K) of the tokens of a tile as words [K / kUnit][T], 0 where there is no token: token t is row source[t] of
-// x, whose rows lie ld apart, or none if that is negative. To bfloat16, words are floats and rounded.
+// x, whose rows lie ld apart, or none if that is negative. To bfloat16, words are floats and rounded; int8 is x times
+// `inverse` of its token.
 template <class D, class To>
-void pack_rows(const typename D::Element* x, int64_t ld, const int32_t* source, int64_t K, int T, To* tile) {
+void pack_rows(
+    const typename D::Element* x, int64_t ld, const int32_t* source, int64_t K, int T, To* tile, const float* inverse = nullptr) {
+  const int32_t zeros = (int32_t)(D::kShift * 0x01010101u);
   const int64_t words = (K + D::kUnit - 1) / D::kUnit;
   for (int t = 0; t < T; t += kLanes)
     for (int64_t w = 0; w < words; w += kLanes) {
       Vec r[kLanes];
-      for (int i = 0; i < kLanes; i++) r[i] = source[t + i] < 0 ? Vec{} : token_words<D>(x + source[t + i] * ld, w, K, 1);
+      for (int i = 0; i < kLanes; i++)
+        r[i] = source[t + i] < 0 ? splat_word(&zeros)
+                                 : token_words<D>(x + source[t + i] * ld, w, K, D::kQuantized ? inverse[t + i] : 1);
       transpose(r);
       for (int i = 0; i < smaller(kLanes, words - w); i++) store(tile + (w + i) * T + t, r[i]);
     }
