@@ -61,6 +61,7 @@ bench: build
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/sparse_lstm.py
 	$(BIN)/python bench/sparse_gru.py
+	$(BIN)/python bench/sparse_conv1d.py
 
 # About a quarter of an hour, and as much again for other engines, where SPARSENLP_PEERS names a Python that has
 # them (see bench/model_peers.py). BENCH=--full sweeps, for hours.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,9 +95,14 @@ class ConvCase:
 
     def expected(self) -> Tensor:
         """What the float64 reference gives for the same rounded inputs."""
-        *others, scales = self.op_arguments()
-        double = (a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in others)
-        return reference.sparse_conv1d(*double, scales)
+        return _expected(self)
+
+
+@cache  # each backend asks again
+def _expected(case: ConvCase) -> Tensor:
+    *others, scales = case.op_arguments()
+    double = (a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in others)
+    return reference.sparse_conv1d(*double, scales)
 
 
 _SMALL = ConvCase()
@@ -111,12 +117,10 @@ SPARSE_CONV1D = [
     *(  # few and many lanes, runs of one output and of many, filters cut in parts, sequences that end inside a run
         replace(_SMALL, batch=batch, length=length, channels=channels, taps=taps, block=block, dtype=dtype, int8=int8)
         for batch, length, channels, taps in (
-            (1, 1, 8, 1),
             (1, 3, 20, 3),
             (1, 131, 20, 5),
             (7, 11, 12, 4),
-            (3, 70, 300, 5),
-            (40, 9, 12, 3),
+            (3, 70, 100, 5),
         )
         for block, dtype, int8 in _DTYPES
     ),
@@ -126,9 +130,7 @@ SPARSE_CONV1D = [
         )
         for stride, padding, dilation, taps in (
             (1, (2, 2), 1, 5),
-            (2, (1, 1), 1, 3),
             (5, (0, 3), 1, 3),
-            (1, (4, 4), 4, 3),
             (4, (9, 2), 6, 3),
             (1, (25, 30), 1, 2),  # outputs that see nothing but padding
         )
@@ -136,13 +138,14 @@ SPARSE_CONV1D = [
     ),
     *(
         replace(_SMALL, filters=3 * n, channels=3 * k, block=(n, k), length=40, dtype=dtype)
-        for n, k in ((1, 1), (2, 3), (4, 1), (3, 5), (16, 1), (12, 4), (32, 1), (16, 16), (1, 8))
+        for n, k in ((1, 1), (4, 3), (12, 4), (32, 1), (2, 16))
         for dtype in (torch.float32, torch.bfloat16)
     ),
     *(
         replace(_SMALL, activation=activation, padding=(1, 1), block=block, dtype=dtype, int8=int8)
-        for activation in ("relu", "gelu", "gelu_tanh")
-        for block, dtype, int8 in (_DTYPES[0], _DTYPES[2], _DTYPES[3])
+        for activation, (block, dtype, int8) in zip(
+            ("relu", "gelu", "gelu_tanh"), (_DTYPES[0], _DTYPES[2], _DTYPES[3]), strict=True
+        )
     ),
     *(replace(_SMALL, density=density) for density in (0.0, 1.0)),
     replace(_SMALL, bias=False, empty_rows=True),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.sparse_conv1d import call, check_window
+from ..ops.sparse_conv1d import call, check_window, windows
 from .linear import SparseLinear
 
 
@@ -17,6 +18,9 @@ class SparseConv1d(nn.Module):
     filters  SparseLinear, out_channels x (kernel_size in_channels), the inputs of a tap next to each other (see
              `filter_matrix`), with bias and activation. Its blocks n x k cover k channels of a tap, so k must divide
              in_channels. A submodule, which the state dict names
+
+    filters may also be an nn.Linear (see `split`), which is called with the windows of x: what prunes, trains, converts
+    or stores nn.Linear then works on the convolution, and putting a SparseLinear in makes the layer sparse.
 
     `from_dense` makes one from an nn.Conv1d. x (B, C, L) or (C, L) has the dtype of the weights (any with int8 ones);
     under autocast it is cast. In memory channels are last in x and y, as an embedding leaves them: transposing such
@@ -35,7 +39,7 @@ class SparseConv1d(nn.Module):
         dilation: int | tuple[int] = 1,
         padding_mode: str = "zeros",
         *,
-        filters: SparseLinear,
+        filters: SparseLinear | nn.Linear,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -55,7 +59,7 @@ class SparseConv1d(nn.Module):
                 f"SparseConv1d: expected filters of {shape[0]} x {shape[1]}, "
                 f"got {filters.out_features} x {filters.in_features}"
             )
-        if in_channels % filters.block[1]:
+        if isinstance(filters, SparseLinear) and in_channels % filters.block[1]:
             raise ValueError(
                 f"SparseConv1d: expected blocks that divide {in_channels} in_channels, got {filters.block[1]} wide"
             )
@@ -71,23 +75,34 @@ class SparseConv1d(nn.Module):
 
         Raises TypeError unless `conv` is an nn.Conv1d, ValueError for groups and a weight that blocks do not divide.
         """
-        if not isinstance(conv, nn.Conv1d):
-            raise TypeError(f"SparseConv1d: expected an nn.Conv1d, got {type(conv).__name__}")
-        if conv.groups != 1:
-            raise ValueError(f"SparseConv1d: expected groups = 1, got {conv.groups}")
+        linear = cls.split(conv).filters
+        assert isinstance(linear, nn.Linear)
         if mask is not None and mask.shape != conv.weight.shape:
             raise ValueError(
                 f"SparseConv1d: expected a mask of shape {tuple(conv.weight.shape)}, got {tuple(mask.shape)}"
             )
-        shell: Any = nn.Linear(1, 1, bias=False, device="meta")
-        shell.weight = nn.Parameter(filter_matrix(conv.weight.detach()), requires_grad=conv.weight.requires_grad)
-        shell.bias = conv.bias
-        filters = SparseLinear.from_dense(shell, block, None if mask is None else filter_matrix(mask), activation)
+        filters = SparseLinear.from_dense(linear, block, None if mask is None else filter_matrix(mask), activation)
         return cls(**_arguments(conv), filters=filters).train(conv.training)
+
+    @classmethod
+    def split(cls, conv: nn.Conv1d) -> SparseConv1d:
+        """A layer with the same function whose filters are an nn.Linear: a copy of the weight, and the bias itself.
+
+        Raises TypeError unless `conv` is an nn.Conv1d, ValueError for groups.
+        """
+        if not isinstance(conv, nn.Conv1d):
+            raise TypeError(f"SparseConv1d: expected an nn.Conv1d, got {type(conv).__name__}")
+        if conv.groups != 1:
+            raise ValueError(f"SparseConv1d: expected groups = 1, got {conv.groups}")
+        matrix = filter_matrix(conv.weight.detach()).clone(memory_format=torch.contiguous_format)
+        linear: Any = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(matrix, requires_grad=conv.weight.requires_grad)
+        linear.bias = conv.bias
+        return cls(**_arguments(conv), filters=linear).train(conv.training)
 
     def to_dense(self) -> nn.Conv1d:
         """An nn.Conv1d with the same function (activation apart)."""
-        linear = self.filters.to_dense()
+        linear = self.filters if isinstance(self.filters, nn.Linear) else self.filters.to_dense()
         conv = nn.Conv1d(**_arguments(self), bias=linear.bias is not None, device="meta")
         taps = linear.weight.detach().view(self.out_channels, self.kernel_size[0], self.in_channels)
         conv.weight = nn.Parameter(taps.transpose(1, 2).contiguous())
@@ -99,6 +114,8 @@ class SparseConv1d(nn.Module):
 
         input_scale  rounds x to int8, as a constant; None finds a scale for each sequence as it comes
         """
+        if not isinstance(self.filters, SparseLinear):
+            raise TypeError(f"SparseConv1d: expected sparse filters to quantize, got {type(self.filters).__name__}")
         return type(self)(**_arguments(self), filters=self.filters.quantize(input_scale)).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,6 +129,8 @@ class SparseConv1d(nn.Module):
         if self.padding_mode != "zeros" and front + behind:
             x = F.pad(x, (front, behind), mode=PADDING_MODES[self.padding_mode])
         filters = self.filters
+        if not isinstance(filters, SparseLinear):
+            return filters(windows(x.transpose(1, 2), *self._window()).flatten(2)).transpose(1, 2)
         buffers: dict[str, Any] = filters._buffers  # nn.Module.__getattr__ costs as much as a small kernel
         parameters: dict[str, Any] = filters._parameters
         y = call(

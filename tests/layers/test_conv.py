@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsenlp import SparseConv1d, SparseLinear
+from sparsenlp.layers.sparse_conv1d import filter_matrix
 
 BLOCK = (8, 4)
 SPACE = [
@@ -74,6 +75,27 @@ def test_mask_decides_what_is_stored():
     with torch.no_grad():
         conv.weight *= mask
     torch.testing.assert_close(sparse(x), conv(x).relu())
+
+
+@pytest.mark.parametrize("options", SPACE[3:6], ids=str)
+def test_linear_filters(options):
+    """Split, the convolution computes the same through an nn.Linear, which masks and hooks reach."""
+    conv = nn.Conv1d(12, 16, **options)
+    twin = SparseConv1d.split(conv)
+    assert type(twin.filters) is nn.Linear
+    assert twin.filters.bias is conv.bias
+    seen = []
+    twin.filters.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    x, keep = torch.randn(2, 12, 19), torch.rand_like(conv.weight) < 0.5
+    torch.testing.assert_close(twin(x), conv(x))
+    assert seen == [12 * conv.kernel_size[0]]
+    with torch.no_grad():
+        conv.weight *= keep
+        twin.filters.weight *= filter_matrix(keep)
+    torch.testing.assert_close(twin(x), conv(x))
+    assert torch.equal(twin.to_dense().weight, conv.weight)
+    twin.filters = SparseLinear.from_dense(twin.filters, (8, 1))
+    torch.testing.assert_close(twin(x), conv(x))
 
 
 def test_an_embedding_is_read_as_it_lies():
@@ -167,6 +189,11 @@ CONV = SparseConv1d.from_dense(pruned(), BLOCK)
         (lambda: CONV(torch.zeros(2, 11, 9)), ValueError, r"expected x \(B, 12, L\) or \(12, L\), got \(2, 11, 9\)"),
         (lambda: CONV(torch.zeros(12)), ValueError, r"expected x \(B, 12, L\)"),
         (lambda: CONV(torch.zeros(2, 12, 2)), ValueError, "expected sequences of at least 3 positions, got 2"),
+        (
+            lambda: SparseConv1d.split(nn.Conv1d(12, 16, 3)).quantize(),
+            TypeError,
+            "expected sparse filters to quantize, got Linear",
+        ),
         (lambda: CONV(torch.zeros(2, 12, 9).double()), TypeError, "expected x of dtype torch.float32"),
     ],
 )

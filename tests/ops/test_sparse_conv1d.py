@@ -104,11 +104,9 @@ def test_int8_is_for_inference():
         sparse_conv1d(**(INT8.arguments() | {"x": INT8.x().requires_grad_()}))
 
 
-@pytest.mark.parametrize("case", [CASE, replace(CASE, batch=1, stride=2, dilation=3, bias=False)], ids=str)
-def test_opcheck(case):
-    x, crow, col, values, bias, *others = case.op_arguments()
-    bias = bias.requires_grad_() if bias is not None else None
-    arguments = (x.requires_grad_(), crow, col, values.requires_grad_(), bias, *others)
+def test_opcheck():
+    x, crow, col, values, bias, *others = replace(CASE, stride=2, dilation=3).op_arguments()
+    arguments = (x.requires_grad_(), crow, col, values.requires_grad_(), bias.requires_grad_(), *others)
     torch.library.opcheck(torch.ops.sparsenlp.sparse_conv1d.default, arguments)
 
 
