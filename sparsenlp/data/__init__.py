@@ -1,20 +1,24 @@
-"""Texts: reading, splitting, tokenizing, batching, and a demonstration corpus."""
+"""Texts: reading, splitting, tokenizing, batching, word vectors, and corpora that come as packages."""
 
 from .augment import join, splice, without_labels
 from .batches import UNLABELLED, TokenizedDataset, shuffled_batches, sorted_batches, tokenize
 from .demo import minilm_directory, rotten_tomatoes
 from .news import news_articles, token_windows
 from .text import TextDataset, check_split, encode_labels, load_table
+from .word_vectors import WordVectors, load_word_vectors
 from .wordnet import supersense, word_definitions
+from .words import word_tokenizer
 
 __all__ = [
     "UNLABELLED",
     "TextDataset",
     "TokenizedDataset",
+    "WordVectors",
     "check_split",
     "encode_labels",
     "join",
     "load_table",
+    "load_word_vectors",
     "minilm_directory",
     "news_articles",
     "rotten_tomatoes",
@@ -26,4 +30,5 @@ __all__ = [
     "tokenize",
     "without_labels",
     "word_definitions",
+    "word_tokenizer",
 ]

@@ -1,13 +1,15 @@
 """Model families, and the link to transformers, which is optional and never imported from here.
 
-transformers learns about our checkpoints when its registry of quantizers is there: now if it has been
-imported, else right after somebody imports it. Either order of the two imports works, and
-`import sparsenlp` alone stays light.
+transformers learns about our checkpoints when its registry of quantizers is there, and about our models when
+its Auto classes are: now if they have been imported, else right after somebody imports them. Either order of the two
+imports works, and `import sparsenlp` alone stays light.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -15,7 +17,18 @@ from typing import Any
 
 from torch import nn
 
+from .own import own_modules, register
+
 REGISTRY = "transformers.quantizers.auto"
+AUTO_CLASSES = (
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+)
+"""What our models are registered with and built on."""
+
+_under_way: set[str] = set()
+"""Which of the modules that we watch are being imported now; they import each other."""
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -42,25 +55,48 @@ def has_fused_decoder(model: nn.Module) -> bool:
 
 
 def connect_transformers() -> None:
-    """Register with transformers now, or as soon as its registry is imported. Idempotent."""
+    """Register with transformers now, or as soon as its registries are imported. Idempotent."""
+    watched = {finder.name for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for name in (REGISTRY, *AUTO_CLASSES, *own_modules()):
+        if name not in sys.modules and name not in watched:
+            sys.meta_path.insert(0, _Finder(name))
     if REGISTRY in sys.modules:
         from . import hf  # noqa: F401
-    elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegistryFinder())
+    if any(name in sys.modules for name in AUTO_CLASSES):
+        _register_models()
 
 
-class _RegistryFinder(MetaPathFinder):
-    """Finds REGISTRY as the standard finder does, but with a loader that registers afterwards."""
+def _register_models() -> None:
+    """Unless something they need is still being imported, after which this is called again."""
+    if not _under_way:
+        with _importing("register"):
+            register()
+
+
+@contextmanager
+def _importing(name: str) -> Iterator[None]:
+    _under_way.add(name)
+    try:
+        yield
+    finally:
+        _under_way.discard(name)
+
+
+class _Finder(MetaPathFinder):
+    """Finds one module as the standard finder does, but with a loader that registers afterwards."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname == REGISTRY else None
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == self.name else None
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec
 
 
 class _ThenRegister(Loader):
-    """Runs the module with its own loader, then imports .hf, which registers."""
+    """Runs the module with its own loader, then registers what it makes possible."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -72,5 +108,9 @@ class _ThenRegister(Loader):
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        from . import hf  # noqa: F401
+        with _importing(module.__name__):
+            self.loader.exec_module(module)
+        if module.__name__ == REGISTRY:
+            from . import hf  # noqa: F401
+        else:
+            _register_models()

@@ -38,6 +38,7 @@ from ..layers import SparseLinear
 from ..layers.composite import join_composites_, replace_modules, split_composites_
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
+from .own import own_class
 from .structure import restructure_, structure_of
 
 
@@ -202,7 +203,7 @@ def save(model: Any, directory: Path) -> None:
 
 
 def load(directory: Path, config: Mapping[str, Any], model_class: Any = None, **kwargs: Any) -> nn.Module:
-    """Build the class that config.json names (one of transformers' own) or `model_class`, and load it.
+    """Build the class that config.json names (one of transformers' or ours) or `model_class`, and load it.
 
     Raises CheckpointError where transformers alone would only warn: missing or mismatched tensors, and for the
     class that config.json names (another one may well leave a head out) tensors that the model does not have.
@@ -227,7 +228,8 @@ def _class_of(directory: Path, config: Mapping[str, Any]) -> Any:
     import transformers
 
     names = config.get("architectures")
-    cls = getattr(transformers, names[0], None) if isinstance(names, list) and len(names) == 1 else None
+    name = str(names[0]) if isinstance(names, list) and len(names) == 1 else ""
+    cls = own_class(name) or getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(f"{directory / CONFIG_FILE}: expected a transformers model class, got {names!r}")
     return cls

@@ -1,0 +1,71 @@
+"""The models of this project: small, made from words, trained from scratch.
+
+Each has a file of its own. This table names them without importing transformers, which learns about them by `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnModel:
+    """A row of the table.
+
+    summary    a few words for the user
+    module     file in this folder
+    config     class of its configuration, whose model_type is the key of the row
+    model      class of the model
+    auto       Auto class of transformers that loads it
+    training   arguments of FinetuneConfig that suit it
+    pruning    sections of a recipe that suit it; a recipe or option goes before them
+    """
+
+    summary: str
+    module: str
+    config: str
+    model: str
+    auto: str = "AutoModelForSequenceClassification"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+
+    def classes(self) -> tuple[Any, Any]:
+        """(configuration, model); imports transformers."""
+        module = import_module(f".{self.module}", __package__)
+        return getattr(module, self.config), getattr(module, self.model)
+
+
+OWN: dict[str, OwnModel] = {
+    "textcnn": OwnModel(
+        summary="convolutions of several widths and max-pooling (Kim 2014)",
+        module="textcnn",
+        config="TextCnnConfig",
+        model="TextCnnForSequenceClassification",
+    ),
+}
+
+SHARED = ("words",)
+"""Files in this folder that the models build on and that import transformers."""
+
+
+def own_modules() -> list[str]:
+    """Names of the modules that the models are in, and of what they share."""
+    return [f"{__package__}.{name}" for name in (*SHARED, *(row.module for row in OWN.values()))]
+
+
+def own_class(name: str) -> Any:
+    """The model class of that name, None if it is none of ours."""
+    return next((row.classes()[1] for row in OWN.values() if row.model == name), None)
+
+
+def register() -> None:
+    """Tell the Auto classes of transformers about every model. Idempotent."""
+    import transformers
+
+    for model_type, row in OWN.items():
+        config, model = row.classes()
+        transformers.AutoConfig.register(model_type, config, exist_ok=True)
+        getattr(transformers, row.auto).register(config, model, exist_ok=True)
