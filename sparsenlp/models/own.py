@@ -45,6 +45,24 @@ OWN: dict[str, OwnModel] = {
         config="TextCnnConfig",
         model="TextCnnForSequenceClassification",
     ),
+    "birnn": OwnModel(
+        summary="a bidirectional LSTM or GRU, pooled over the words",
+        module="birnn",
+        config="BiRnnConfig",
+        model="BiRnnForSequenceClassification",
+    ),
+    "selfattention": OwnModel(
+        summary="two layers of self-attention in a sliding window",
+        module="selfattention",
+        config="SelfAttentionConfig",
+        model="SelfAttentionForSequenceClassification",
+    ),
+    "matcher": OwnModel(
+        summary="for pairs: one recurrent encoder reads both texts (Conneau et al. 2017)",
+        module="matcher",
+        config="MatcherConfig",
+        model="MatcherForSequenceClassification",
+    ),
 }
 
 SHARED = ("words",)

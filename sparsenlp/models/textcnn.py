@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .words import WordConfig, WordModel, token_mask
+from .words import WordConfig, WordModel, classes_of, token_mask
 
 
 @strict
@@ -39,7 +39,7 @@ class TextCnnForSequenceClassification(WordModel):
         self.dropout = nn.Dropout(config.dropout)
         size, filters, widths = config.embedding_size, config.filters, config.filter_widths
         self.convolutions = nn.ModuleList(nn.Conv1d(size, filters, width, padding=width // 2) for width in widths)
-        self.classifier = nn.Linear(filters * len(widths), self.num_labels)
+        self.classifier = nn.Linear(filters * len(widths), classes_of(config))
         self.post_init()
 
     def forward(

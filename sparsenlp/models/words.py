@@ -28,7 +28,6 @@ class WordModel(PreTrainedModel):
     config_class = WordConfig
     base_model_prefix = ""
     embeddings: nn.Embedding
-    num_labels: int
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -68,3 +67,28 @@ def token_mask(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: i
     if attention_mask is not None:
         return attention_mask.bool()
     return torch.ones_like(input_ids, dtype=torch.bool) if pad_token_id is None else input_ids != pad_token_id
+
+
+def classes_of(config: PreTrainedConfig) -> int:
+    return len(config.id2label or ())
+
+
+def gather_tokens(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(the chosen positions of x (B, L, ...) moved to the front in their order, which of those are chosen (B, M)).
+
+    mask  (B, L) bool; M is the largest number of True in a row, at least 1
+
+    What follows them is other positions of x.
+    """
+    lengths = mask.sum(dim=1)
+    longest = max(int(lengths.max()), 1)
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    index = order.view(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
+    return x.gather(1, index), torch.arange(longest, device=x.device) < lengths[:, None]
+
+
+def scatter_tokens(x: Tensor, chosen: Tensor, mask: Tensor) -> Tensor:
+    """Undo `gather_tokens`: (B, M, H) -> (B, L, H), zeros where `mask` is False."""
+    spread = x.new_zeros(*mask.shape, x.shape[-1])
+    spread[mask] = x[chosen]
+    return spread

@@ -1,0 +1,72 @@
+"""Two texts read by the same encoder, compared, and classified: whether one fits, follows from or means the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .birnn import BiRnnConfig, TextEncoder
+from .words import WordModel, classes_of, gather_tokens, scatter_tokens, token_mask
+
+
+@strict
+class MatcherConfig(BiRnnConfig):
+    """dense_size   of the layer between the comparison and the classes"""
+
+    model_type = "matcher"
+
+    dense_size: int = 512
+
+
+class MatcherForSequenceClassification(WordModel):
+    """The vectors u and v of both texts are compared as (u, v, |u - v|, u * v).
+
+    Source: Conneau et al. 2017, arXiv:1705.02364.
+    """
+
+    config_class = MatcherConfig
+
+    def __init__(self, config: MatcherConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = TextEncoder(config)
+        self.dense = nn.Linear(4 * config.state_size, config.dense_size)
+        self.classifier = nn.Linear(config.dense_size, classes_of(config))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_: Any,
+    ) -> SequenceClassifierOutput:
+        """logits (B, classes); hidden states: word vectors (B, L, embedding_size), recurrent states (B, L, state_size).
+
+        token_type_ids  (B, L), 0 in the first text and 1 in the second; without them all is the first, and the
+                        second, like any text without words, counts as zeros
+        labels          (B,) int64, for a loss
+        """
+        mask = token_mask(input_ids, attention_mask, self.config.pad_token_id)
+        second = torch.zeros_like(mask) if token_type_ids is None else token_type_ids.bool()
+        words = self.dropout(self.embeddings(input_ids))
+        (u, first_states), (v, second_states) = (self._encode(words, mask & side) for side in (~second, second))
+        features = torch.cat([u, v, (u - v).abs(), u * v], dim=1)
+        logits = self.classifier(self.dropout(F.relu(self.dense(self.dropout(features)))))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        states = (words, first_states + second_states) if output_hidden_states else None
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+    def _encode(self, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As TextEncoder, but over no more positions than the longest text has."""
+        front, inside = gather_tokens(words, mask)
+        vectors, states = self.encoder(front, inside)
+        return vectors, scatter_tokens(states, inside, mask)
