@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, demo, evaluate, info, prune
+from . import bench, demo, evaluate, info, prune, train
 from .console import CommandLine
 
 __all__ = ["app"]
@@ -40,12 +40,14 @@ def main(
     \b
     sparsenlp demo --quick     a real model, pruned and timed here in minutes
     sparsenlp info             what this installation can do
+    sparsenlp train --help     a small model from scratch
     sparsenlp prune --help     how to prune your own model
     """
 
 
 app.command("info")(info.info)
 app.command("demo")(demo.demo)
+app.command("train")(train.train)
 app.command("prune")(prune.prune)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)

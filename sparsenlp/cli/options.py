@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -14,3 +15,10 @@ TextPairColumn = Annotated[
 MaxLength = Annotated[int, typer.Option(min=2, help="Longer texts are cut to this many tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts per batch.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. (default: torch's)", show_default=False)]
+
+
+def data_section(data: str) -> dict[str, Any]:
+    """--data as a recipe says it: a file to train on, or the packaged task of that name."""
+    from ..recipe.config import LABELLED_TASKS
+
+    return {"task": data} if data in LABELLED_TASKS and not Path(data).exists() else {"train": data}

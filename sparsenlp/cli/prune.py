@@ -10,7 +10,7 @@ import typer
 from ..measure import use_threads
 from .console import note, print_table, resumable, say
 from .evaluate import quality_cells
-from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads
+from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, data_section
 
 if TYPE_CHECKING:
     from ..recipe import Job, Outcome, Recipe
@@ -61,7 +61,13 @@ def prune(
         Path | None,
         typer.Option(help="YAML file that says all of this, see examples/; only OUTPUT beside it.", show_default=False),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Training texts: CSV, TSV or JSONL.", show_default=False)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Training texts: CSV, TSV or JSONL; or rotten_tomatoes, supersense or word_definitions.",
+            show_default=False,
+        ),
+    ] = None,
     test: Annotated[
         Path | None, typer.Option(help="Test texts. (default: a tenth of --data)", show_default=False)
     ] = None,
@@ -190,6 +196,8 @@ def _from_options(options: dict[str, Any]) -> Recipe:
             *sections, key = place.split(".")
             if "data" in options or sections not in (["data"], ["recover"], ["finetune"]):
                 _section(content, sections)[key] = plain
+    if "data" in options:
+        content["data"].update(data_section(content["data"].pop("train")))
     if "finetune_epochs" in options and "data" in options:
         content["finetune"]["when"] = "always"
         if options["finetune_epochs"] == 0:

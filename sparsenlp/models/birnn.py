@@ -1,7 +1,5 @@
 """A bidirectional LSTM or GRU over word vectors, pooled over the text, and a linear classifier."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

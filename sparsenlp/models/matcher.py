@@ -1,7 +1,5 @@
 """Two texts read by the same encoder, compared, and classified: whether one fits, follows from or means the other."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -20,6 +20,7 @@ class OwnModel:
     config     class of its configuration, whose model_type is the key of the row
     model      class of the model
     auto       Auto class of transformers that loads it
+    pairs      it takes pairs of texts, others one at a time
     training   arguments of FinetuneConfig that suit it
     pruning    sections of a recipe that suit it; a recipe or option goes before them
     """
@@ -29,6 +30,7 @@ class OwnModel:
     config: str
     model: str
     auto: str = "AutoModelForSequenceClassification"
+    pairs: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     pruning: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,6 +64,7 @@ OWN: dict[str, OwnModel] = {
         module="matcher",
         config="MatcherConfig",
         model="MatcherForSequenceClassification",
+        pairs=True,
     ),
 }
 

@@ -1,7 +1,5 @@
 """A small transformer encoder over word vectors, whose words attend to their neighbours, and a linear classifier."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

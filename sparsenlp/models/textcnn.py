@@ -3,8 +3,6 @@
 Source: Kim 2014, arXiv:1408.5882.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

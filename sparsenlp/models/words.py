@@ -1,6 +1,7 @@
-"""What our models of words share: configuration, initialization, and sequences of different lengths."""
+"""What our models of words share: configuration, initialization, and sequences of different lengths.
 
-from __future__ import annotations
+No file with a configuration postpones the evaluation of annotations: `strict` does not check types that are text.
+"""
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -18,8 +19,8 @@ class WordConfig(PreTrainedConfig):
 
     vocab_size: int = 30_002
     pad_token_id: int | None = 0
-    embedding_size: int = 300
-    dropout: float = 0.5
+    embedding_size: int = 128
+    dropout: float | int = 0.5
 
 
 class WordModel(PreTrainedModel):

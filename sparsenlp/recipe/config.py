@@ -36,7 +36,8 @@ HIDDEN: dict[type, tuple[str, ...]] = {
 
 
 _WORDNET = ("supersense", "word_definitions")
-_ONLY_FOR = {"path": _WORDNET, "count": ("rotten_tomatoes", *_WORDNET)}
+LABELLED_TASKS = ("rotten_tomatoes", *_WORDNET)
+_ONLY_FOR = {"path": _WORDNET, "count": LABELLED_TASKS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,12 @@ class Data:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction: expected a fraction between 0 and 1, got {self.test_fraction}")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Arguments of `load_table` for those that were named."""
+        names = ("text_column", "label_column", "text_pair_column")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +237,20 @@ class Recipe:
         """
         text = json.dumps(self.content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def with_defaults(self, sections: Mapping[str, Any]) -> Recipe:
+        """This recipe for a model that has defaults of its own; `content` stays what was said.
+
+        sections  `prune` and `recover` as a recipe has them; what this one says goes before them
+        """
+        content = dict(self.content)
+        rule = dict(sections.get("prune", {}))
+        if self.target is not None or self.rounds is not None or self.prune.layer_targets is not None:
+            rule.pop("sparsity", None)
+        content["prune"] = rule | (content.get("prune") or {})
+        if self.trains and not self.in_rounds:
+            content["recover"] = dict(sections.get("recover", {})) | (content.get("recover") or {})
+        return replace(Recipe.of(content), content=self.content)
 
     def __post_init__(self) -> None:
         ways = [name for name in ("recover", "rounds", "one_shot") if getattr(self, name) is not None]

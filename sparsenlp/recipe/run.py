@@ -15,11 +15,12 @@ from torch import nn
 
 from .. import native
 from .. import train as training
-from ..classifiers import Quality, is_sparse_checkpoint, save_model
+from ..classifiers import Quality, is_sparse_checkpoint, load_config, save_model
 from ..convert import sparsify_
 from ..data import TokenizedDataset, minilm_directory
 from ..layers.composite import splitting
 from ..measure import interleave
+from ..models.own import OWN
 from ..plan import Plan
 from ..prune import (
     LayerTarget,
@@ -94,6 +95,8 @@ def prepare(recipe: Recipe, output: str | Path, work: str | Path | None = None) 
     output   directory for the sparse checkpoint
     work     directory for interrupted runs; by default output/work
 
+    For one of our own models (models.own) what the recipe leaves open is as that table says.
+
     Raises ValueError for a sparse model, an output that is the model, labels that do not fit, and a recipe for another
     architecture: layers or structures that the model does not have, patterns that do not divide its weights. Raises as
     `read_task` and `load_model` too.
@@ -106,6 +109,9 @@ def prepare(recipe: Recipe, output: str | Path, work: str | Path | None = None) 
         raise ValueError(f"output: expected another directory than the model's, got {output}")
     if is_sparse_checkpoint(name):
         raise ValueError(f"model: expected a dense model, got a sparse checkpoint: {name}")
+    own = OWN.get(load_config(name).model_type)
+    if own is not None:
+        recipe = recipe.with_defaults(own.pruning)
     task = read_task(recipe, name)
     model = task.load(name)
     _check_architecture(recipe, model)

@@ -145,28 +145,29 @@ def read_task(recipe: Recipe, name: str) -> Task:
     return Classification(tokenizer, head, learning, judging, final, held_out)
 
 
-def _labelled(recipe: Recipe, config: Any) -> tuple[Head, TextDataset, TextDataset, tuple[int, int] | None]:
-    """(classes, training texts, test texts, held out), labels indexing the classes."""
-    source, retrain = recipe.data, recipe.finetune.when == "always"
-    assert source is not None
+def labelled_texts(source: Data, seed: int) -> tuple[TextDataset, TextDataset, tuple[int, int] | None]:
+    """(training texts, test texts, rows held out for testing of how many, where there were no test texts).
+
+    Raises as `read_task` for the texts.
+    """
     if source.train is None:
-        train, test = _packaged(source, recipe.seed)
-        head = choose_head(config, train.label_names, retrain)
-        return head, _encoded(train, head.names), _encoded(test, head.names), None
-    columns = {
-        name: value
-        for name in ("text_column", "label_column", "text_pair_column")
-        if (value := getattr(source, name)) is not None
-    }
-    head = choose_head(config, load_table(source.train, **columns).label_names, retrain)
-    train = load_table(source.train, **columns, label_names=head.names)
+        return *_packaged(source, seed), None
+    train = load_table(source.train, **source.columns)
     if source.test is None:
         rows = len(train)
-        train, test = train.split(HELD_OUT, recipe.seed)
-        return head, train, test, (len(test), rows)
-    test = load_table(source.test, **columns, label_names=head.names)
+        train, test = train.split(HELD_OUT, seed)
+        return train, test, (len(test), rows)
+    test = load_table(source.test, **source.columns, label_names=train.label_names)
     check_split(train, test)
-    return head, train, test, None
+    return train, test, None
+
+
+def _labelled(recipe: Recipe, config: Any) -> tuple[Head, TextDataset, TextDataset, tuple[int, int] | None]:
+    """(classes, training texts, test texts, held out), labels indexing the classes."""
+    assert recipe.data is not None
+    train, test, held_out = labelled_texts(recipe.data, recipe.seed)
+    head = choose_head(config, train.label_names, recipe.finetune.when == "always")
+    return head, _encoded(train, head.names), _encoded(test, head.names), held_out
 
 
 def _packaged(source: Data, seed: int) -> tuple[TextDataset, TextDataset]:

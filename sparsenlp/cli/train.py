@@ -1,0 +1,111 @@
+"""sparsenlp train"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..measure import use_threads
+from .console import note, print_table, resumable, say
+from .evaluate import quality_cells
+from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, data_section
+
+
+def train(
+    output: Annotated[Path, typer.Argument(help="Directory for the trained model.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(help="textcnn, birnn, selfattention, or matcher for pairs of texts.", show_default=False),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training texts: CSV, TSV or JSONL; or rotten_tomatoes, supersense or word_definitions.",
+            show_default=False,
+        ),
+    ],
+    test: Annotated[
+        Path | None, typer.Option(help="Test texts. (default: a tenth of --data)", show_default=False)
+    ] = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    text_pair_column: TextPairColumn = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Word vectors to begin with: a text file of GloVe or word2vec.", show_default=False),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the model's configuration, as cell=gru; repeatable.", show_default=False),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Training texts of a packaged task. (default: all)", show_default=False)
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per training step.")] = 32,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = 1e-3,
+    max_length: MaxLength = 256,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights, the batches and dropout.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Train a small text classifier from scratch, with a vocabulary of its own.
+
+    What comes out is an ordinary transformers directory, for the other commands as for
+    AutoModelForSequenceClassification after `import sparsenlp`. After Ctrl-C the same command goes on
+    where it stopped.
+
+    \b
+    sparsenlp train out --model textcnn --data rotten_tomatoes
+    sparsenlp train out --model birnn --option cell=gru --data train.csv --test test.csv --embeddings glove.300d.txt
+    sparsenlp train out --model matcher --data pairs.tsv --text-column question --text-pair-column answer
+    sparsenlp prune out pruned --data rotten_tomatoes --sparsity 0.8
+    """
+    from ..classifiers import judge, max_tokens, save_model
+    from ..data import tokenize
+    from ..recipe import Data
+    from ..recipe.tasks import labelled_texts
+    from ..scratch import new_classifier
+    from ..train import FinetuneConfig, finetune, predict
+
+    config = FinetuneConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"output: expected a directory, got a file: {output}")
+    section = data_section(data)
+    if "train" in section:
+        columns = {"text_column": text_column, "label_column": label_column, "text_pair_column": text_pair_column}
+        section |= {"test": None if test is None else str(test), **columns}
+    source = Data(**section, count=count)
+    training, testing, held_out = labelled_texts(source, seed)
+    if held_out is not None:
+        note(f"no --test: {held_out[0]} of the {held_out[1]} rows are held out for testing")
+    new = new_classifier(model, training, embeddings, seed, dict(map(_option, option or ())))
+    note(f"vocabulary: {len(new.tokenizer)} words and special tokens of {len(training)} texts")
+    if new.vectors is not None:
+        found, words = new.vectors.found, new.vectors.words
+        note(f"word vectors: {embeddings} has {found} of {words} words ({new.vectors.coverage:.1%})")
+    longest = min(max_length, max_tokens(new.model.config, new.tokenizer) or max_length)
+    learning, judging = (tokenize(side, new.tokenizer, longest) for side in (training, testing))
+    state = output / "work" / "train.safetensors"
+    with use_threads(threads), resumable():
+        finetune(new.model, learning, config, state)
+        quality = judge(predict(new.model, judging), judging.labels)
+    save_model(new.model, output, new.tokenizer)
+    state.unlink(missing_ok=True)
+    state.parent.rmdir()
+    print_table(quality_cells({model: quality}), f"{quality.examples} test examples")
+    say(f"saved: {output}")
+    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """ "cell=gru" as ("cell", "gru"); numbers, true, false and lists as in JSON."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"option: expected name=value, got {text}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

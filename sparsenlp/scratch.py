@@ -1,0 +1,101 @@
+"""A new model of words for labelled texts: its tokenizer, its word vectors, its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import TextDataset, WordVectors, load_word_vectors, word_tokenizer
+from .models.own import OWN, OwnModel
+
+CLASSIFIERS = {name: row for name, row in OWN.items() if row.auto == "AutoModelForSequenceClassification"}
+"""The rows of the table that label texts."""
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """An untrained model in eval mode and what goes with it.
+
+    vectors  None where they start from random numbers
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    vectors: WordVectors | None
+
+
+def new_classifier(
+    name: str,
+    texts: TextDataset,
+    embeddings: str | Path | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> NewModel:
+    """Build the model `name` of CLASSIFIERS for the words and classes of training texts.
+
+    embeddings  text file of word vectors (see `load_word_vectors`), which also says their size
+    seed        of the initial weights; torch's random state is left as it was
+    options     fields of the model's configuration
+
+    Raises ValueError for an unknown name, single texts where the model takes pairs or the other way round,
+    and options that its configuration does not have or take; as `word_tokenizer` and `load_word_vectors` too.
+    """
+    row = _row(name, texts)
+    config_class, model_class = row.classes()
+    options = {**(options or {})}
+    known = _options_of(config_class)
+    for field in options:
+        if field not in known:
+            raise ValueError(f"{name}: expected options among {', '.join(known)}, got {field}")
+    tokenizer = word_tokenizer([*texts.texts, *(texts.text_pairs or ())], pairs=row.pairs)
+    vectors = None
+    if embeddings is not None:
+        vectors = load_word_vectors(embeddings, tokenizer, options.get("embedding_size"), seed)
+        options["embedding_size"] = vectors.table.shape[1]
+    config = _configure(name, config_class, tokenizer, texts.label_names, options)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = model_class(config).eval()
+    if vectors is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(vectors.table)
+    return NewModel(model, tokenizer, vectors)
+
+
+def _configure(
+    name: str, config_class: Any, tokenizer: Any, label_names: Sequence[str], options: Mapping[str, Any]
+) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
+    names = dict(enumerate(label_names))
+    labels = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+    known = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **labels}
+    try:
+        return config_class(**known, **options)
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: {error.__cause__ or error}") from None
+
+
+def _row(name: str, texts: TextDataset) -> OwnModel:
+    if name not in CLASSIFIERS:
+        raise ValueError(f"model: expected one of {', '.join(CLASSIFIERS)}, got {name}")
+    row = CLASSIFIERS[name]
+    if row.pairs and texts.text_pairs is None:
+        raise ValueError(f"{name}: expected pairs of texts, got single ones")
+    if texts.text_pairs is not None and not row.pairs:
+        takes = ", ".join(other for other, each in CLASSIFIERS.items() if each.pairs)
+        raise ValueError(f"{name}: expected single texts, got pairs; for these there is {takes}")
+    return row
+
+
+def _options_of(config_class: Any) -> list[str]:
+    """Fields of a configuration that are ours and do not follow from the texts."""
+    from transformers import PreTrainedConfig
+
+    others = {field.name for field in fields(PreTrainedConfig)} | {"vocab_size", "pad_token_id"}
+    return [field.name for field in fields(config_class) if field.name not in others]
