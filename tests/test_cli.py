@@ -14,7 +14,7 @@ from sparsenlp import SparseLinear, convert, native, native_cuda
 from sparsenlp.cli import app
 from sparsenlp.convert import SparsifyConfig
 
-VERBS = ("info", "demo", "prune", "eval", "bench")
+VERBS = ("info", "demo", "train", "prune", "eval", "bench")
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,18 @@ def test_layers_may_have_targets_of_their_own():
     assert Recipe.of(content).recovery().layer_targets == {"a.b": LayerTarget(Block(4, 1), 0.5)}
 
 
+def test_a_model_may_have_defaults_of_its_own():
+    own = {"prune": {"sparsity": 0.8, "pattern": "4x1"}, "recover": {"epochs": 7, "learning_rate": 1e-2}}
+    said = SMALLEST | {"prune": {"pattern": "8x1"}, "recover": {"epochs": 2}}
+    recipe = Recipe.of(said).with_defaults(own)
+    recovery = recipe.recovery()
+    assert (recovery.sparsity, recovery.pattern) == (0.8, Block(8, 1))
+    assert (recovery.epochs, recovery.learning_rate) == (2, 1e-2)
+    assert recipe.sha256 == Recipe.of(said).sha256
+    for other in ({"target": "2x faster"}, {"rounds": {}}, {"one_shot": {}}):
+        Recipe.of(SMALLEST | other).with_defaults(own)
+
+
 def test_targets():
     assert Recipe.of(SMALLEST | {"target": "sparsity 0.8"}).recovery().sparsity == 0.8
     assert Recipe.of(SMALLEST | {"target": "2x faster"}).allocates

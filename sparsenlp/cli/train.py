@@ -46,7 +46,7 @@ def train(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per training step.")] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = 2e-3,
     max_length: MaxLength = 256,
     seed: Annotated[int, typer.Option(help="Of the split, the weights, the batches and dropout.")] = 0,
     threads: Threads = None,
@@ -75,9 +75,8 @@ def train(
         raise NotADirectoryError(f"output: expected a directory, got a file: {output}")
     section = data_section(data)
     if "train" in section:
-        columns = {"text_column": text_column, "label_column": label_column, "text_pair_column": text_pair_column}
-        section |= {"test": None if test is None else str(test), **columns}
-    source = Data(**section, count=count)
+        section |= {"text_column": text_column, "label_column": label_column, "text_pair_column": text_pair_column}
+    source = Data(**section, test=None if test is None else str(test), count=count)
     training, testing, held_out = labelled_texts(source, seed)
     if held_out is not None:
         note(f"no --test: {held_out[0]} of the {held_out[1]} rows are held out for testing")
@@ -93,7 +92,7 @@ def train(
         finetune(new.model, learning, config, state)
         quality = judge(predict(new.model, judging), judging.labels)
     save_model(new.model, output, new.tokenizer)
-    state.unlink(missing_ok=True)
+    state.unlink()
     state.parent.rmdir()
     print_table(quality_cells({model: quality}), f"{quality.examples} test examples")
     say(f"saved: {output}")

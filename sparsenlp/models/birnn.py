@@ -49,8 +49,8 @@ class TextEncoder(nn.Module):
             bidirectional=config.bidirectional,
         )
         if config.pooling == "attention":
-            self.attention = nn.Linear(config.state_size, config.hidden_size)
-            self.attention_score = nn.Linear(config.hidden_size, 1, bias=False)
+            size = config.hidden_size
+            self.pooler = nn.Sequential(nn.Linear(config.state_size, size), nn.Tanh(), nn.Linear(size, 1, bias=False))
 
     def forward(self, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(vectors (B, state_size), states (B, L, state_size)).
@@ -86,7 +86,7 @@ class TextEncoder(nn.Module):
             return last[-directions:].transpose(0, 1).flatten(1) * some
         if pooling == "max":
             return states.masked_fill(~mask, -torch.inf).amax(dim=1).masked_fill(~some, 0)
-        scores = self.attention_score(torch.tanh(self.attention(states)))
+        scores = self.pooler(states)
         weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=1)
         return (weights * states).sum(dim=1)
 

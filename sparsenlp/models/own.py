@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+PRUNING: Mapping[str, Any] = {
+    "prune": {"pattern": "8x1", "sparsity": 0.8},
+    "recover": {"learning_rate": 2e-3, "epochs": 3},
+}
+"""What suits small models that were trained from scratch: a higher learning rate than for pretrained ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OwnModel:
@@ -21,7 +27,6 @@ class OwnModel:
     model      class of the model
     auto       Auto class of transformers that loads it
     pairs      it takes pairs of texts, others one at a time
-    training   arguments of FinetuneConfig that suit it
     pruning    sections of a recipe that suit it; a recipe or option goes before them
     """
 
@@ -31,8 +36,7 @@ class OwnModel:
     model: str
     auto: str = "AutoModelForSequenceClassification"
     pairs: bool = False
-    training: Mapping[str, Any] = field(default_factory=dict)
-    pruning: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=lambda: PRUNING)
 
     def classes(self) -> tuple[Any, Any]:
         """(configuration, model); imports transformers."""

@@ -49,6 +49,8 @@ class WordModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.RNNBase):
             for name, parameter in module.named_parameters():
+                if getattr(parameter, "_is_hf_initialized", False):  # its chunks do not tell
+                    continue
                 if name.startswith("weight_hh"):
                     for gate in parameter.chunk(len(parameter) // module.hidden_size):
                         init.orthogonal_(gate)

@@ -242,7 +242,11 @@ class Recipe:
         """This recipe for a model that has defaults of its own; `content` stays what was said.
 
         sections  `prune` and `recover` as a recipe has them; what this one says goes before them
+
+        One that was not built by `of` stays as it is: what it leaves open cannot be told.
         """
+        if not self.content:
+            return self
         content = dict(self.content)
         rule = dict(sections.get("prune", {}))
         if self.target is not None or self.rounds is not None or self.prune.layer_targets is not None:

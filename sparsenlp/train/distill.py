@@ -42,6 +42,10 @@ class LiveTeacher:
     def outputs(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         with evaluating(self.model), recorded(self.projections) as projected:
             output = forward(self.model, self.data.batch(indices), self.hidden, self.bf16)
+        if self.hidden and output.hidden_states is None:
+            raise ValueError(
+                f"hidden_weight: expected 0 for {type(self.model).__name__}, which returns no hidden states"
+            )
         return output.logits.float(), [*(output.hidden_states[1:] if self.hidden else ()), *projected]
 
 
