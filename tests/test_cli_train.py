@@ -20,14 +20,14 @@ def test_train_evaluate_prune_and_load(files):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, data = files / "model", ("--data", files / "train.csv")
-    result = succeed("train", model, *TINY, *data, "--test", files / "test.csv", "--epochs", "6", "--batch-size", "8")
-    assert "100.0%" in result.stdout
+    result = succeed("train", model, *TINY, *data, "--test", files / "test.csv", "--epochs", "12", "--batch-size", "16")
+    assert "100.0%" in result.stdout, result.stdout
     assert "50.0%" in result.stdout, "the majority class"
     assert "vocabulary: 22 words" in result.stderr
     assert not (model / "work").exists()
     quality = json.loads(succeed("eval", model, "--data", files / "test.csv", "--json").stdout)
     assert quality["accuracy"] == 1
-    succeed("prune", model, files / "sparse", *data, "--epochs", "2", "--batch-size", "8")
+    succeed("prune", model, files / "sparse", *data, "--epochs", "2", "--batch-size", "16")
     record = json.loads((files / "sparse" / "sparsenlp.json").read_text())
     zeros = [row["sparsity"] for row in record["plan"]["rows"] if row["sparsity"] > 0]
     assert sum(zeros) / len(zeros) == pytest.approx(0.8, abs=0.1), "the model's own default"

@@ -78,9 +78,9 @@ def train(
         section |= {"text_column": text_column, "label_column": label_column, "text_pair_column": text_pair_column}
     source = Data(**section, test=None if test is None else str(test), count=count)
     training, testing, held_out = labelled_texts(source, seed)
+    new = new_classifier(model, training, embeddings, seed, dict(map(_option, option or ())))
     if held_out is not None:
         note(f"no --test: {held_out[0]} of the {held_out[1]} rows are held out for testing")
-    new = new_classifier(model, training, embeddings, seed, dict(map(_option, option or ())))
     note(f"vocabulary: {len(new.tokenizer)} words and special tokens of {len(training)} texts")
     if new.vectors is not None:
         found, words = new.vectors.found, new.vectors.words

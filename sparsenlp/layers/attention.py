@@ -91,6 +91,7 @@ class SparseAttention(nn.Module):
             linear(x).unflatten(2, (heads, -1)).transpose(1, 2)
             for linear, heads in ((self.query, self.heads), (self.key, self.kv_heads), (self.value, self.kv_heads))
         )
+        key, value = key.to(query.dtype), value.to(query.dtype)  # autocast leaves what sparse kernels compute alone
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         mask = self.mask(query.shape[2], key.shape[2], x.device)

@@ -23,7 +23,7 @@ class BiRnnConfig(WordConfig):
     model_type = "birnn"
 
     cell: Literal["lstm", "gru"] = "lstm"
-    hidden_size: int = 256
+    hidden_size: int = 128
     num_hidden_layers: int = 1
     bidirectional: bool = True
     pooling: Literal["max", "mean", "last", "attention"] = "max"

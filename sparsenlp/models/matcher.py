@@ -18,7 +18,7 @@ class MatcherConfig(BiRnnConfig):
 
     model_type = "matcher"
 
-    dense_size: int = 512
+    dense_size: int = 256
 
 
 class MatcherForSequenceClassification(WordModel):

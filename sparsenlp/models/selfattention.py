@@ -33,6 +33,7 @@ class SelfAttentionConfig(WordConfig):
     intermediate_size: int = 512
     window: int = 32
     max_position_embeddings: int = 512
+    dropout: float | int = 0.3
 
 
 class SelfAttentionLayer(nn.Module):
