@@ -5,7 +5,10 @@ from test_cli import failure, settings, succeed  # noqa: F401  # the fixture is 
 from tiny_bert import write_table
 
 pytest.importorskip("transformers", reason="the models are models of transformers")
-TINY = ("--model", "selfattention", "--option", "embedding_size=16", "--option", "intermediate_size=32")
+TINY = {
+    "selfattention": ("--model", "selfattention", "--option", "embedding_size=16", "--option", "intermediate_size=32"),
+    "birnn": ("--model", "birnn", "--option", "embedding_size=16", "--option", "hidden_size=16"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -16,30 +19,31 @@ def files(tmp_path_factory):
     return directory
 
 
-def test_train_evaluate_prune_and_load(files):
+@pytest.mark.parametrize("name", TINY)
+def test_train_evaluate_prune_and_load(files, name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model, data = files / "model", ("--data", files / "train.csv")
-    result = succeed("train", model, *TINY, *data, "--test", files / "test.csv", "--epochs", "12", "--batch-size", "16")
+    model, sparse, data = files / name, files / f"{name}-sparse", ("--data", files / "train.csv", "--batch-size", "16")
+    result = succeed("train", model, *TINY[name], *data, "--test", files / "test.csv", "--epochs", "6", "--lr", "0.01")
     assert "100.0%" in result.stdout, result.stdout
     assert "50.0%" in result.stdout, "the majority class"
     assert "vocabulary: 22 words" in result.stderr
     assert not (model / "work").exists()
     quality = json.loads(succeed("eval", model, "--data", files / "test.csv", "--json").stdout)
     assert quality["accuracy"] == 1
-    succeed("prune", model, files / "sparse", *data, "--epochs", "2", "--batch-size", "16")
-    record = json.loads((files / "sparse" / "sparsenlp.json").read_text())
-    zeros = [row["sparsity"] for row in record["plan"]["rows"] if row["sparsity"] > 0]
+    succeed("prune", model, sparse, *data, "--epochs", "2")
+    plan = json.loads((sparse / "sparsenlp.json").read_text())["plan"]
+    zeros = [row["sparsity"] for row in plan["rows"] + plan["composites"] if row["sparsity"] > 0]
     assert sum(zeros) / len(zeros) == pytest.approx(0.8, abs=0.1), "the model's own default"
-    loaded = AutoModelForSequenceClassification.from_pretrained(files / "sparse")
-    inputs = AutoTokenizer.from_pretrained(files / "sparse")(["good1 good2", "bad1"], padding=True, return_tensors="pt")
+    loaded = AutoModelForSequenceClassification.from_pretrained(sparse)
+    inputs = AutoTokenizer.from_pretrained(sparse)(["good1 good2", "bad1"], padding=True, return_tensors="pt")
     assert loaded(**inputs).logits.argmax(dim=1).tolist() == [1, 0]
 
 
 def test_the_seed_decides_everything(files):
     weights = []
     for name in ("first", "second"):
-        succeed("train", files / name, *TINY, "--data", files / "train.csv", "--epochs", "1", "--seed", "3")
+        succeed("train", files / name, *TINY["birnn"], "--data", files / "train.csv", "--epochs", "1", "--seed", "3")
         weights.append((files / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
@@ -48,7 +52,7 @@ def test_coverage_of_word_vectors_is_told(files):
     vectors = files / "vectors.txt"
     vectors.write_text("".join(f"good{i} {i} 0 0 1\n" for i in range(5)))
     arguments = ("--data", files / "train.csv", "--epochs", "1", "--embeddings", vectors)
-    result = succeed("train", files / "vectors", "--model", "selfattention", *arguments)
+    result = succeed("train", files / "vectors", "--model", "textcnn", *arguments)
     assert f"word vectors: {vectors} has 5 of 20 words (25.0%)" in " ".join(result.stderr.split())
 
 
