@@ -83,7 +83,8 @@ def _configure(
 
 def _row(name: str, texts: TextDataset) -> OwnModel:
     if name not in CLASSIFIERS:
-        raise ValueError(f"model: expected one of {', '.join(CLASSIFIERS)}, got {name}")
+        known = "; ".join(f"{other}: {row.summary}" for other, row in CLASSIFIERS.items())
+        raise ValueError(f"model: expected one of {', '.join(CLASSIFIERS)}, got {name} ({known})")
     row = CLASSIFIERS[name]
     if row.pairs and texts.text_pairs is None:
         raise ValueError(f"{name}: expected pairs of texts, got single ones")
