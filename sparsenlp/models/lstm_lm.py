@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .recurrent_stack import RecurrentStack, States, check_tokens, reordered, token_loss
+from .words import WordConfig, WordModel
 
 
-class LstmLmConfig(PreTrainedConfig):
-    """What an LstmForCausalLM is made of.
-
-    embedding_size       of a token
-    hidden_size          of each of num_hidden_layers LSTM layers
+@strict
+class LstmLmConfig(WordConfig):
+    """hidden_size          of each of num_hidden_layers LSTM layers
     dropout              of embeddings and of the outputs of layers, while training
     attention_average    predict from the embeddings and the outputs of all layers, averaged over all tokens so far with
                          softmax weights of a learnt score each (as textgenrnn does), not from the last layer alone
@@ -27,15 +27,12 @@ class LstmLmConfig(PreTrainedConfig):
 
     model_type = "lstm-lm"
 
-    vocab_size: int = 10000
-    embedding_size: int = 256
-    hidden_size: int = 256
+    embedding_size: int = 512
+    hidden_size: int = 512
     num_hidden_layers: int = 2
     dropout: float = 0.2
     attention_average: bool = False
-    initializer_range: float = 0.1
     tie_word_embeddings: bool = False
-    pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     use_cache: bool = True
@@ -62,7 +59,7 @@ class LstmLmOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class LstmForCausalLM(PreTrainedModel, GenerationMixin):
+class LstmForCausalLM(WordModel, GenerationMixin):
     """Embeddings, LSTM layers and a head; `generate` streams the state, one token a step.
 
     Raises ValueError for tied embeddings of another width than the head's input.
@@ -70,7 +67,6 @@ class LstmForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = LstmLmConfig
     config: LstmLmConfig
-    base_model_prefix = ""
     main_input_name = "input_ids"
     _is_stateful = True
     _tied_weights_keys = {"lm_head.weight": "embeddings.weight"}  # noqa: RUF012

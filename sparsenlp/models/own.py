@@ -70,6 +70,20 @@ OWN: dict[str, OwnModel] = {
         model="MatcherForSequenceClassification",
         pairs=True,
     ),
+    "lstm-lm": OwnModel(
+        summary="a language model of words or characters (Zaremba et al. 2014)",
+        module="lstm_lm",
+        config="LstmLmConfig",
+        model="LstmForCausalLM",
+        auto="AutoModelForCausalLM",
+    ),
+    "seq2seq": OwnModel(
+        summary="a recurrent encoder-decoder with attention (Luong et al. 2015)",
+        module="rnn_seq2seq",
+        config="RnnSeq2SeqConfig",
+        model="RnnForConditionalGeneration",
+        auto="AutoModelForSeq2SeqLM",
+    ),
 }
 
 SHARED = ("words",)

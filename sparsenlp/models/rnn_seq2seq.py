@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .recurrent_stack import RecurrentStack, States, check_tokens, reordered, sequence_lengths, token_loss
+from .words import WordConfig, WordModel
 
 ATTENTIONS = ("luong", "bahdanau")
 
 
-class RnnSeq2SeqConfig(PreTrainedConfig):
-    """What an RnnForConditionalGeneration is made of.
-
-    vocab_size, decoder_vocab_size   tokens of the source and of the target
+@strict
+class RnnSeq2SeqConfig(WordConfig):
+    """vocab_size, decoder_vocab_size   tokens of the source and of the target
     cell                             "gru" or "lstm"
     hidden_size                      of each of num_hidden_layers layers of the encoder, and as many of the decoder
     bidirectional                    the encoder reads both ways, with half of the features each
@@ -29,16 +30,13 @@ class RnnSeq2SeqConfig(PreTrainedConfig):
 
     model_type = "seq2seq"
 
-    vocab_size: int = 10000
-    decoder_vocab_size: int = 10000
+    decoder_vocab_size: int = 30_004
     cell: str = "gru"
-    embedding_size: int = 256
-    hidden_size: int = 256
+    hidden_size: int = 512
     num_hidden_layers: int = 1
     bidirectional: bool = True
     attention: str | None = "luong"
     dropout: float = 0.2
-    initializer_range: float = 0.1
     is_encoder_decoder: bool = True
     pad_token_id: int = 0
     bos_token_id: int = 1
@@ -154,7 +152,7 @@ class RnnDecoder(nn.Module):
         self.attention = CrossAttention(config.attention, config.hidden_size) if config.attention is not None else None
 
 
-class RnnForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class RnnForConditionalGeneration(WordModel, GenerationMixin):
     """A recurrent encoder, a decoder that begins with its last state, and a head.
 
     `generate` of transformers decodes greedily, by sampling or, with num_beams and length_penalty, by beam search.
@@ -162,7 +160,6 @@ class RnnForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = RnnSeq2SeqConfig
     config: RnnSeq2SeqConfig
-    base_model_prefix = ""
     main_input_name = "input_ids"
     _is_stateful = True
 
@@ -172,6 +169,12 @@ class RnnForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.decoder = RnnDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.decoder_vocab_size)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,

@@ -12,7 +12,7 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
 
 def tiny(**kwargs):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 11, "embedding_size": 6, "hidden_size": 6, "num_hidden_layers": 2, "initializer_range": 0.5}
+    sizes = {"vocab_size": 11, "embedding_size": 6, "hidden_size": 6, "num_hidden_layers": 2, "dropout": 0.0}
     return LstmForCausalLM(LstmLmConfig(**{**sizes, **kwargs})).eval()
 
 
