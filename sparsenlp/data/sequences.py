@@ -1,0 +1,47 @@
+"""Data sets whose labels are tokens: pairs of a source and a target, and windows for language models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import UNLABELLED, TokenizedDataset
+
+
+def sequence_pairs(
+    sources: Sequence[str], targets: Sequence[str], tokenizer: Any, target_tokenizer: Any, max_length: int = 512
+) -> TokenizedDataset:
+    """Columns "input_ids" of the sources and "labels" of the targets, each encoded by its tokenizer.
+
+    max_length  tokens of each; the tokenizers say whether an end token belongs to a text
+
+    Raises ValueError for no pairs, or numbers of sources and targets that differ.
+    """
+    if len(sources) != len(targets) or not sources:
+        raise ValueError(f"sequence_pairs: expected as many targets as sources, got {len(targets)} and {len(sources)}")
+    ids = tokenizer(list(sources), truncation=True, max_length=max_length)["input_ids"]
+    labels = target_tokenizer(list(targets), truncation=True, max_length=max_length)["input_ids"]
+    return _dataset(ids, labels, tokenizer.pad_token_id)
+
+
+def predicted_windows(windows: Tensor, last: int | None = None) -> TokenizedDataset:
+    """Windows (W, L) int64 of tokens, each token of which, or of the last `last`, is to be predicted.
+
+    Raises ValueError for windows of another shape or `last` below 1.
+    """
+    if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(f"predicted_windows: expected windows (W, L) of 2 tokens, got shape {tuple(windows.shape)}")
+    if last is not None and last < 1:
+        raise ValueError(f"predicted_windows: expected last to be at least 1, got {last}")
+    labels = windows.clone()
+    if last is not None:
+        labels[:, :-last] = UNLABELLED
+    return _dataset(windows.tolist(), labels.tolist(), 0)
+
+
+def _dataset(ids: list[list[int]], labels: list[list[int]], padding: int) -> TokenizedDataset:
+    columns = {"input_ids": ids, "labels": labels}
+    return TokenizedDataset(columns, torch.full((len(ids),), UNLABELLED), {"input_ids": padding, "labels": UNLABELLED})
