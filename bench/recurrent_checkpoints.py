@@ -34,7 +34,7 @@ from sparsenlp import SparsifyConfig, sparsify_
 from sparsenlp.data import news_articles, sorted_batches
 from sparsenlp.data.batches import TokenizedDataset
 from sparsenlp.data.pronunciations import Pronunciations, pronunciations, word_accuracy
-from sparsenlp.data.sequences import predicted_windows, sequence_pairs
+from sparsenlp.data.token_labels import predicted_windows, sequence_pairs
 from sparsenlp.measure import use_threads
 from sparsenlp.models.packaged import WINDOW, g2p_en, textgenrnn
 from sparsenlp.prune import Block, finalize_, parse_pattern, prune_, sparsity_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,10 +98,15 @@ def recover_sequences(
 
 def token_logits(model: nn.Module, inputs: dict[str, Tensor], bf16: bool = False) -> tuple[Tensor, Tensor]:
     """(logits (N, V) float32, labels (N,)) of the N tokens of inputs["labels"] that are to be predicted."""
+    network: Any = model
+    labels = inputs["labels"]
+    inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    if network.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = network.prepare_decoder_input_ids_from_labels(labels)
     logits = forward(model, inputs, bf16=bf16).logits
-    labels = inputs["labels"].to(logits.device)
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if not network.config.is_encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
+    labels = labels.to(logits.device)
     chosen = labels != UNLABELLED
     return logits[chosen].float(), labels[chosen]
 
