@@ -12,13 +12,18 @@ from ..measure import use_threads
 from .console import note, print_table, resumable, say
 from .evaluate import quality_cells
 from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, data_section
+from .train_sequences import SEQUENCE_MODELS, TextSource, train_sequence_model
 
 
 def train(
     output: Annotated[Path, typer.Argument(help="Directory for the trained model.", show_default=False)],
     model: Annotated[
         str,
-        typer.Option(help="textcnn, birnn, selfattention, or matcher for pairs of texts.", show_default=False),
+        typer.Option(
+            help="textcnn, birnn, selfattention, or matcher for pairs of texts; lstm-lm, or seq2seq, which answers "
+            "--text-column with --text-pair-column.",
+            show_default=False,
+        ),
     ],
     data: Annotated[
         str,
@@ -51,16 +56,18 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the split, the weights, the batches and dropout.")] = 0,
     threads: Threads = None,
 ) -> None:
-    """Train a small text classifier from scratch, with a vocabulary of its own.
+    """Train a small text classifier, language model or encoder-decoder from scratch, with a vocabulary of its own.
 
-    What comes out is an ordinary transformers directory, for the other commands as for
-    AutoModelForSequenceClassification after `import sparsenlp`. After Ctrl-C the same command goes on
-    where it stopped.
+    What comes out is an ordinary transformers directory, which AutoModelForSequenceClassification, AutoModelForCausalLM
+    or AutoModelForSeq2SeqLM loads after `import sparsenlp`; classifiers are for the other commands, too.
+    After Ctrl-C the same command goes on where it stopped.
 
     \b
     sparsenlp train out --model textcnn --data rotten_tomatoes
     sparsenlp train out --model birnn --option cell=gru --data train.csv --test test.csv --embeddings glove.300d.txt
     sparsenlp train out --model matcher --data pairs.tsv --text-column question --text-pair-column answer
+    sparsenlp train out --model lstm-lm --data texts.csv
+    sparsenlp train out --model seq2seq --data words.tsv --text-column word --text-pair-column phonemes
     sparsenlp prune out pruned --data rotten_tomatoes --sparsity 0.8
     """
     from ..classifiers import judge, max_tokens, save_model
@@ -74,11 +81,18 @@ def train(
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"output: expected a directory, got a file: {output}")
     section = data_section(data)
+    options = dict(map(_option, option or ()))
+    if model in SEQUENCE_MODELS:
+        pair = text_pair_column if model == "seq2seq" else None
+        source = TextSource(section, test, text_column, pair, seed)
+        with use_threads(threads), resumable():
+            train_sequence_model(model, source, output, config, max_length, options)
+        return
     if "train" in section:
         section |= {"text_column": text_column, "label_column": label_column, "text_pair_column": text_pair_column}
     source = Data(**section, test=None if test is None else str(test), count=count)
     training, testing, held_out = labelled_texts(source, seed)
-    new = new_classifier(model, training, embeddings, seed, dict(map(_option, option or ())))
+    new = new_classifier(model, training, embeddings, seed, options)
     if held_out is not None:
         note(f"no --test: {held_out[0]} of the {held_out[1]} rows are held out for testing")
     note(f"vocabulary: {len(new.tokenizer)} words and special tokens of {len(training)} texts")

@@ -91,8 +91,15 @@ def load_table(
     Raises OSError for a file that cannot be read, and ValueError for another format, malformed or no
     rows, missing columns, an empty text or label (with its line), or a label not in label_names.
     """
+    values = load_columns(path, [text_column, label_column] + ([text_pair_column] if text_pair_column else []))
+    names = list(label_names) if label_names is not None else _sorted_labels(set(values[1]))
+    labels = encode_labels(values[1], names)
+    return TextDataset(values[0], labels, names, values[2] if text_pair_column else None)
+
+
+def load_columns(path: str | Path, columns: Sequence[str]) -> list[list[str]]:
+    """These columns of a table, each as long as it has rows. Files and errors as for `load_table`."""
     path = Path(path)
-    columns = [text_column, label_column] + ([text_pair_column] if text_pair_column else [])
     values: list[list[str]] = [[] for _ in columns]
     try:
         for line, row in _rows(path):
@@ -106,9 +113,7 @@ def load_table(
         ) from None
     if not values[0]:
         raise ValueError(f"load_table: expected rows in {path}, got none")
-    names = list(label_names) if label_names is not None else _sorted_labels(set(values[1]))
-    labels = encode_labels(values[1], names)
-    return TextDataset(values[0], labels, names, values[2] if text_pair_column else None)
+    return values
 
 
 def encode_labels(labels: Sequence[str], label_names: Sequence[str]) -> list[int]:

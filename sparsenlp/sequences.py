@@ -1,0 +1,110 @@
+"""New models that predict tokens, of texts or of pairs of a source and a target, with their tokenizers and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import TokenizedDataset, sorted_batches, token_windows, word_tokenizer
+from .data.token_labels import predicted_windows, sequence_pairs
+from .data.vocabulary import vocabulary_tokenizer
+from .models.own import OWN
+from .modes import evaluating
+
+BEGIN, END = "[BOS]", "[EOS]"
+SPECIAL = {"bos_token": BEGIN, "eos_token": END}
+
+
+@dataclass(frozen=True)
+class NewSequenceModel:
+    """An untrained model in eval mode, its tokenizer, and its texts as `train_sequences` takes them."""
+
+    model: nn.Module
+    tokenizer: Any
+    data: TokenizedDataset
+
+
+def new_language_model(
+    texts: Sequence[str],
+    characters: bool = False,
+    window: int = 64,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> NewSequenceModel:
+    """An LstmForCausalLM for the words of texts, or their characters.
+
+    window   tokens that it is trained on at a time; texts stand one after another, an end token between them
+    seed     of the initial weights and the order of the texts
+    options  fields of LstmLmConfig
+
+    Raises ValueError for texts of fewer than `window` tokens, and as `word_tokenizer`.
+    """
+    tokenizer = character_tokenizer(texts) if characters else word_tokenizer(texts, special=SPECIAL)
+    data = predicted_windows(text_windows(texts, tokenizer, window, seed))
+    return NewSequenceModel(_new("lstm-lm", tokenizer, seed, options), tokenizer, data)
+
+
+def new_encoder_decoder(
+    sources: Sequence[str],
+    targets: Sequence[str],
+    max_length: int = 128,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> NewSequenceModel:
+    """An RnnForConditionalGeneration with one vocabulary for the words of sources and targets.
+
+    max_length  tokens that are kept of each
+    seed        of the initial weights
+    options     fields of RnnSeq2SeqConfig
+
+    Raises ValueError for no pairs, numbers of sources and targets that differ, and as `word_tokenizer`.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer([*sources, *targets], special=SPECIAL)
+    ends = [(END, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=ends)
+    data = sequence_pairs(sources, targets, tokenizer, tokenizer, max_length)
+    start = {"decoder_vocab_size": len(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id}
+    return NewSequenceModel(_new("seq2seq", tokenizer, seed, {**start, **(options or {})}), tokenizer, data)
+
+
+def character_tokenizer(texts: Sequence[str]) -> Any:
+    """Each character of the texts is a token. Raises ValueError for texts without any."""
+    characters = sorted(set().union(*texts))
+    if not characters:
+        raise ValueError("character_tokenizer: expected a character in the texts, got none")
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", **SPECIAL}
+    vocabulary = {token: i for i, token in enumerate([*names.values(), *characters])}
+    return vocabulary_tokenizer(vocabulary, names, characters=True)
+
+
+def text_windows(texts: Sequence[str], tokenizer: Any, length: int, seed: int = 0) -> Tensor:
+    """As many windows (W, length) as there are in texts (see `token_windows`)."""
+    used = [text for text in texts if text.strip()]
+    tokens = sum(len(ids) + 1 for ids in tokenizer(used, add_special_tokens=False)["input_ids"]) if used else 0
+    return token_windows(used, tokenizer, length, max(tokens // length, 1), seed)
+
+
+def answers(model: Any, tokenizer: Any, sources: Sequence[str], batch_size: int = 64, **options: Any) -> list[str]:
+    """What an encoder-decoder generates for each source; options are those of generate(), such as num_beams=4."""
+    found = [""] * len(sources)
+    with evaluating(model):
+        for indices in sorted_batches([len(source) for source in sources], batch_size):
+            inputs = tokenizer([sources[i] for i in indices], padding=True, return_tensors="pt").to(model.device)
+            generated = model.generate(**inputs, **options)
+            for i, text in zip(indices, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
+                found[i] = text
+    return found
+
+
+def _new(name: str, tokenizer: Any, seed: int, options: Mapping[str, Any] | None) -> nn.Module:
+    config_class, model_class = OWN[name].classes()
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return model_class(config_class(vocab_size=len(tokenizer), **ids, **(options or {}))).eval()
