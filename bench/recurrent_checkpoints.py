@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from sparsenlp import SparsifyConfig, sparsify_
-from sparsenlp.data import news_articles, sorted_batches
+from sparsenlp.data import news_titles, sorted_batches
 from sparsenlp.data.batches import TokenizedDataset
 from sparsenlp.data.pronunciations import Pronunciations, pronunciations, word_accuracy
 from sparsenlp.data.token_labels import predicted_windows, sequence_pairs
@@ -97,11 +97,6 @@ def titles(texts: int, tests: int) -> Task:
         return exp(total / len(test))
 
     return Task(model, train, perplexity, "perplexity")
-
-
-def news_titles() -> tuple[list[str], list[str]]:
-    train, test = news_articles(column="title")
-    return [title for title in train if title.strip()], [title for title in test if title.strip()]
 
 
 def windows_of(texts: list[str], tokenizer: Any, count: int) -> TokenizedDataset:

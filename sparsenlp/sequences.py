@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data import TokenizedDataset, sorted_batches, token_windows, word_tokenizer
+from .data import TokenizedDataset, load_word_vectors, sorted_batches, token_windows, word_tokenizer
 from .data.token_labels import predicted_windows, sequence_pairs
 from .data.vocabulary import vocabulary_tokenizer
 from .models.own import OWN
@@ -34,18 +35,20 @@ def new_language_model(
     window: int = 64,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    embeddings: str | Path | None = None,
 ) -> NewSequenceModel:
     """An LstmForCausalLM for the words of texts, or their characters.
 
-    window   tokens that it is trained on at a time; texts stand one after another, an end token between them
-    seed     of the initial weights and the order of the texts
-    options  fields of LstmLmConfig
+    window      tokens that it is trained on at a time; texts stand one after another, an end token between them
+    seed        of the initial weights and the order of the texts
+    options     fields of LstmLmConfig
+    embeddings  text file of word vectors (see `load_word_vectors`), which also says their size
 
-    Raises ValueError for texts of fewer than `window` tokens, and as `word_tokenizer`.
+    Raises ValueError for texts of fewer than `window` tokens, and as `word_tokenizer` and `load_word_vectors`.
     """
     tokenizer = character_tokenizer(texts) if characters else word_tokenizer(texts, special=SPECIAL)
     data = predicted_windows(text_windows(texts, tokenizer, window, seed))
-    return NewSequenceModel(_new("lstm-lm", tokenizer, seed, options), tokenizer, data)
+    return NewSequenceModel(_new("lstm-lm", tokenizer, seed, options, embeddings), tokenizer, data)
 
 
 def new_encoder_decoder(
@@ -54,14 +57,17 @@ def new_encoder_decoder(
     max_length: int = 128,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    embeddings: str | Path | None = None,
 ) -> NewSequenceModel:
     """An RnnForConditionalGeneration with one vocabulary for the words of sources and targets.
 
     max_length  tokens that are kept of each
     seed        of the initial weights
     options     fields of RnnSeq2SeqConfig
+    embeddings  text file of word vectors (see `load_word_vectors`), which also says their size
 
-    Raises ValueError for no pairs, numbers of sources and targets that differ, and as `word_tokenizer`.
+    Raises ValueError for no pairs, numbers of sources and targets that differ, and as `word_tokenizer` and
+    `load_word_vectors`.
     """
     from tokenizers.processors import TemplateProcessing
 
@@ -70,7 +76,8 @@ def new_encoder_decoder(
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=ends)
     data = sequence_pairs(sources, targets, tokenizer, tokenizer, max_length)
     start = {"decoder_vocab_size": len(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id}
-    return NewSequenceModel(_new("seq2seq", tokenizer, seed, {**start, **(options or {})}), tokenizer, data)
+    model = _new("seq2seq", tokenizer, seed, {**start, **(options or {})}, embeddings)
+    return NewSequenceModel(model, tokenizer, data)
 
 
 def character_tokenizer(texts: Sequence[str]) -> Any:
@@ -102,9 +109,22 @@ def answers(model: Any, tokenizer: Any, sources: Sequence[str], batch_size: int 
     return found
 
 
-def _new(name: str, tokenizer: Any, seed: int, options: Mapping[str, Any] | None) -> nn.Module:
+def _new(
+    name: str, tokenizer: Any, seed: int, options: Mapping[str, Any] | None, embeddings: str | Path | None
+) -> nn.Module:
     config_class, model_class = OWN[name].classes()
+    options = {**(options or {})}
+    if unknown := options.keys() - {field.name for field in fields(config_class)}:
+        raise ValueError(f"{name}: expected options of {config_class.__name__}, got {min(unknown)}")
+    if embeddings is not None:
+        table = load_word_vectors(embeddings, tokenizer, options.get("embedding_size"), seed).table
+        options["embedding_size"] = table.shape[1]
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return model_class(config_class(vocab_size=len(tokenizer), **ids, **(options or {}))).eval()
+        model = model_class(config_class(vocab_size=len(tokenizer), **ids, **options)).eval()
+    if embeddings is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.data.copy_(table)
+    return model

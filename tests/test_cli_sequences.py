@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="the models are transformers models")
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from sparsenlp.sequences import new_language_model, text_windows
+from sparsenlp.sequences import new_encoder_decoder, new_language_model, text_windows
 from sparsenlp.train import perplexity
 
 TINY = ("--option", "embedding_size=16", "--option", "hidden_size=32", "--option", "num_hidden_layers=1")
@@ -58,6 +58,7 @@ def test_a_language_model_learns_its_texts(pairs, tmp_path):
     ("arguments", "message"),
     [
         (("--model", "seq2seq"), "seq2seq: expected --text-pair-column, the column of the targets, got none"),
+        (("--model", "lstm-lm", "--option", "layers=2"), "lstm-lm: expected options of LstmLmConfig, got layers"),
         (("--model", "lstm-lm", "--text-column", "none"), 'expected a column "none"'),
         (("--model", "seq2seq", "--data", "rotten_tomatoes", "--text-pair-column", "x"), "expected a file of sources"),
     ],
@@ -74,3 +75,11 @@ def test_torchs_random_state_is_left_alone(pairs):
     new = new_language_model(["ab cd"] * 20, characters=True, window=8)
     assert torch.equal(torch.get_rng_state(), before)
     assert new.tokenizer.decode(new.data.columns["input_ids"][0][:5]) == "ab cd"
+
+
+def test_word_vectors_are_begun_with(tmp_path):
+    path = tmp_path / "vectors.txt"
+    path.write_text("red 1 2\nblue 3 4\n", encoding="utf-8")
+    new = new_encoder_decoder(["red", "red"], ["blue", "blue"], embeddings=path, options={"hidden_size": 4})
+    for part in (new.model.encoder, new.model.decoder):
+        assert part.embeddings.weight[new.tokenizer.convert_tokens_to_ids("blue")].tolist() == [3, 4]

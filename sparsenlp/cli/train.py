@@ -84,9 +84,9 @@ def train(
     options = dict(map(_option, option or ()))
     if model in SEQUENCE_MODELS:
         pair = text_pair_column if model == "seq2seq" else None
-        source = TextSource(section, test, text_column, pair, seed)
+        texts = TextSource(section | {"count": count}, test, text_column, pair, seed)
         with use_threads(threads), resumable():
-            train_sequence_model(model, source, output, config, max_length, options)
+            train_sequence_model(model, texts, output, config, max_length, options, embeddings)
         return
     if "train" in section:
         section |= {"text_column": text_column, "label_column": label_column, "text_pair_column": text_pair_column}

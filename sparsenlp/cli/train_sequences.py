@@ -62,6 +62,7 @@ def train_sequence_model(
     config: FinetuneConfig,
     max_length: int,
     options: Mapping[str, Any],
+    embeddings: Path | None,
 ) -> None:
     """Train the model `name` of SEQUENCE_MODELS, save it, and say how well it predicts the test texts.
 
@@ -76,9 +77,9 @@ def train_sequence_model(
         raise ValueError("seq2seq: expected --text-pair-column, the column of the targets, got none")
     training, testing = source.read()
     if name == "seq2seq":
-        new = new_encoder_decoder(*training, max_length, source.seed, options)
+        new = new_encoder_decoder(training[0], training[1], max_length, source.seed, options, embeddings)
     else:
-        new = new_language_model(training[0], seed=source.seed, options=options)
+        new = new_language_model(training[0], seed=source.seed, options=options, embeddings=embeddings)
     note(f"vocabulary: {len(new.tokenizer)} words and special tokens of {len(training[0])} texts")
     state = output / "work" / "train.safetensors"
     train_sequences(new.model, new.data, config, state)

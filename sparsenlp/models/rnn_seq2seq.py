@@ -38,7 +38,6 @@ class RnnSeq2SeqConfig(WordConfig):
     attention: str | None = "luong"
     dropout: float = 0.2
     is_encoder_decoder: bool = True
-    pad_token_id: int = 0
     bos_token_id: int = 1
     eos_token_id: int = 2
     decoder_start_token_id: int = 1
@@ -229,10 +228,10 @@ class RnnForConditionalGeneration(WordModel, GenerationMixin):
         )
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """(B, T): decoder_start_token_id, then all labels but the last, with the padding token for -100."""
+        """(B, T): decoder_start_token_id, then all labels but the last, with 0 for -100."""
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+        return shifted.masked_fill(shifted == -100, 0)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -3,7 +3,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from sparsenlp.data import news, news_articles, token_windows
+from sparsenlp.data import news, news_articles, news_titles, token_windows
 
 
 class Words:
@@ -26,6 +26,7 @@ def test_articles_are_split():
     assert (train, test) == news_articles()
     assert test != news_articles(seed=1)[1]
     assert sum(len(text.split()) for text in train + test) == 2035334
+    assert [len(side) for side in news_titles()] == [3008, 756]
 
 
 def test_an_absent_package_is_named(monkeypatch):
