@@ -157,7 +157,7 @@ class RnnForConditionalGeneration(WordModel, GenerationMixin):
     `generate` of transformers decodes greedily, by sampling or, with num_beams and length_penalty, by beam search.
     """
 
-    config_class = RnnSeq2SeqConfig
+    config_class = RnnSeq2SeqConfig  # type: ignore[assignment]
     config: RnnSeq2SeqConfig
     main_input_name = "input_ids"
     _is_stateful = True

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset
-from .config import FinetuneConfig
+from .config import FinetuneConfig, TrainingConfig
 from .forward import check_classes, device_of, forward
 from .loop import OnStep, StateFile, TrainingLog, run
 from .state import check_state, identity_of
@@ -43,7 +43,7 @@ def finetune(
     check_classes(model, data)
     check_validation(model, validation)
     state_file = open_state(state_path, save_every, config, data, model, validation)
-    return run(model, data, _LabelTask(model, data, config), config, state_file, quiet, on_step, validation)
+    return run(model, data, LabelTask(model, data, config), config, state_file, quiet, on_step, validation)
 
 
 def check_validation(model: nn.Module, validation: TokenizedDataset | None) -> None:
@@ -70,13 +70,13 @@ def open_state(
     return StateFile(Path(path), identity, every)
 
 
-class _LabelTask:
+class LabelTask:
     """Cross-entropy with the labels; no state of its own."""
 
     name = "finetune"
     restart = settled = 0
 
-    def __init__(self, model: nn.Module, data: TokenizedDataset, config: FinetuneConfig) -> None:
+    def __init__(self, model: nn.Module, data: TokenizedDataset, config: TrainingConfig) -> None:
         self.model, self.data, self.config = model, data, config
 
     def before_step(self, step: int) -> None:

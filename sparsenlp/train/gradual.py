@@ -89,8 +89,8 @@ class GradualPruner:
                 mask.copy_(self._before[name])
         self.sparsity = sparsity_of(self.model, self.filter_fn)
 
-    def observing(self, attention_mask: Tensor) -> AbstractContextManager[None]:
-        """Surround each forward pass with this, for criteria that look at the inputs of layers."""
+    def observing(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+        """Surround each forward pass with this, for criteria that look at inputs of layers; None: at all of them."""
         return self.statistics.observing(attention_mask) if self.statistics is not None else nullcontext()
 
     def after_backward(self, step: int) -> None:

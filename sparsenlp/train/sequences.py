@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..data import UNLABELLED, TokenizedDataset
 from ..modes import evaluating
-from ..prune.layers import FilterFn
+from ..prune.layers import FilterFn, prunable
 from .config import FinetuneConfig, PruningConfig, TrainingConfig
 from .distill import soft_target_loss
-from .finetune import open_state
+from .finetune import LabelTask, open_state
 from .forward import device_of, forward
 from .gradual import GradualPruner
 from .loop import OnStep, TrainingLog, run, total_steps
@@ -89,7 +89,8 @@ def recover_sequences(
     config = config or SequenceRecoveryConfig()
     _check(data)
     _check_logits(model, teacher, data)
-    state_file = open_state(state_path, save_every, config, data, model, None)
+    layers = tuple(prunable(model, filter_fn))
+    state_file = open_state(state_path, save_every, (config, layers), data, model, None)
     pruner = GradualPruner(model, config, total_steps(data, config), filter_fn)
     return run(
         model, data, _TokenRecoveryTask(model, teacher, data, config, pruner), config, state_file, quiet, on_step
@@ -126,35 +127,13 @@ def _check_logits(model: nn.Module, teacher: nn.Module, data: TokenizedDataset) 
         raise ValueError(f"teacher: expected logits of shape {shapes[0]}, got {shapes[1]}")
 
 
-class _TokenTask:
-    """Cross-entropy with the labels; no state of its own."""
+class _TokenTask(LabelTask):
+    """Cross-entropy with labels that are tokens."""
 
     name = "train"
-    restart = settled = 0
-
-    def __init__(self, model: nn.Module, data: TokenizedDataset, config: TrainingConfig) -> None:
-        self.model, self.data, self.config = model, data, config
-
-    def before_step(self, step: int) -> None:
-        pass
-
-    def undo_step(self) -> None:
-        pass
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         return F.cross_entropy(*token_logits(self.model, self.data.batch(indices), self.config.bf16))
-
-    def after_backward(self, step: int) -> None:
-        pass
-
-    def note(self) -> str:
-        return ""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        pass
 
 
 class _TokenRecoveryTask(_TokenTask):
@@ -181,7 +160,9 @@ class _TokenRecoveryTask(_TokenTask):
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         config, inputs = self.recovery, self.data.batch(indices)
-        with self.pruner.observing(inputs["attention_mask"]):
+        network: Any = self.model
+        mask = None if network.config.is_encoder_decoder else inputs["attention_mask"]  # it has none for targets
+        with self.pruner.observing(mask):
             logits, labels = token_logits(self.model, inputs, config.bf16)
         with evaluating(self.teacher), torch.no_grad():
             target, _ = token_logits(self.teacher, inputs, config.bf16)

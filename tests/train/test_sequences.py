@@ -95,6 +95,19 @@ def test_the_loss_weighs_labels_and_teacher():
     assert log.losses[0] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("make", "texts"), CASES, ids=["seq2seq", "language model"])
+def test_a_criterion_that_looks_at_inputs(make, texts):
+    """Those of an encoder-decoder have two lengths, and padding in one batch of two."""
+    model, data = make(), texts()
+    columns = {name: rows[:6] for name, rows in data.columns.items()}
+    few = TokenizedDataset(columns, data.labels[:6], data.pad_values)
+    config = SequenceRecoveryConfig(
+        pattern=Block(4, 1), sparsity=0.5, criterion="wanda", scope="layer", update_every=1, epochs=2, batch_size=3
+    )
+    recover_sequences(model, copy.deepcopy(model), few, config, quiet=True)
+    assert sparsity_of(model) == pytest.approx(0.5, abs=0.03)
+
+
 def test_errors():
     data = reversals()
     bare = TokenizedDataset({"input_ids": data.columns["input_ids"]}, data.labels, {"input_ids": 0})
