@@ -102,7 +102,7 @@ def test_a_criterion_that_looks_at_inputs(make, texts):
     columns = {name: rows[:6] for name, rows in data.columns.items()}
     few = TokenizedDataset(columns, data.labels[:6], data.pad_values)
     config = SequenceRecoveryConfig(
-        pattern=Block(4, 1), sparsity=0.5, criterion="wanda", scope="layer", update_every=1, epochs=2, batch_size=3
+        pattern=Block(4, 1), sparsity=0.5, criterion="wanda", scope="local", update_every=1, epochs=2, batch_size=3
     )
     recover_sequences(model, copy.deepcopy(model), few, config, quiet=True)
     assert sparsity_of(model) == pytest.approx(0.5, abs=0.03)
