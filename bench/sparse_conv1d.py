@@ -139,9 +139,9 @@ def show_targets(judged: list[dict]) -> None:
 
 
 def name_of(shape: Shape) -> str:
-    batch, length, *filters = shape
-    kernels = filters[1:] or KERNELS
-    return f"{batch} x {length}, {filters[0]} filters of {', '.join(map(str, kernels))}"
+    """Sequences x words, filters x kernel."""
+    batch, length, filters, *kernel = shape
+    return f"{batch} x {length}, {filters} x {','.join(map(str, kernel or KERNELS))}"
 
 
 def main() -> None:

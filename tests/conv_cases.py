@@ -147,6 +147,15 @@ SPARSE_CONV1D = [
             ("relu", "gelu", "gelu_tanh"), (_DTYPES[0], _DTYPES[2], _DTYPES[3]), strict=True
         )
     ),
+    *(  # blocks that reach into two taps, and taps of no whole number of words
+        replace(_SMALL, channels=channels, taps=4, block=block, dtype=dtype, int8=int8)
+        for channels, block, dtype, int8 in (
+            (6, (8, 8), torch.float32, False),
+            (5, (8, 2), torch.bfloat16, False),
+            (6, (8, 4), torch.bfloat16, False),
+            (12, (8, 8), torch.float32, True),
+        )
+    ),
     *(replace(_SMALL, density=density) for density in (0.0, 1.0)),
     replace(_SMALL, bias=False, empty_rows=True),
     replace(_SMALL, bias=False, empty_rows=True, block=(8, 4), int8=True),

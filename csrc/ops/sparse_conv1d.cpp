@@ -73,22 +73,22 @@ Tensor sparse_conv1d(
   Projection& p = a.weight;
   p.n = static_cast<int>(values.size(1));
   p.k = static_cast<int>(values.size(2));
-  STD_TORCH_CHECK(p.n > 0 && p.k > 0 && a.C % p.k == 0, op, ": expected blocks that divide the channels ", a.C);
+  p.K = kernel_size * a.C;
+  STD_TORCH_CHECK(p.n > 0 && p.k > 0 && p.K % p.k == 0, op, ": expected blocks that divide ", p.K, " columns");
   STD_TORCH_CHECK(crow.scalar_type() == ScalarType::Int && col.scalar_type() == ScalarType::Int && crow.dim() == 1 &&
                       col.dim() == 1 && crow.is_contiguous() && col.is_contiguous() && crow.size(0) >= 1,
                   op, ": expected contiguous 1-D int32 crow_indices and col_indices");
   STD_TORCH_CHECK(col.size(0) == values.size(0) && ints(crow)[crow.size(0) - 1] == values.size(0),
                   op, ": crow_indices, col_indices and values disagree on the number of blocks");
   p.N = (crow.size(0) - 1) * p.n;
-  p.K = kernel_size * a.C;
   p.crow = ints(crow);
   p.col = ints(col);
   p.values = values.data_ptr();
   std::optional<Tensor> scales;
   STD_TORCH_CHECK(quantized == scales_any.has_value(), op, ": expected scales with int8 values, and only then");
   if (quantized) {
-    STD_TORCH_CHECK(p.k % 4 == 0 && p.K <= kInt8Columns, op, ": expected int8 blocks with k a multiple of 4, got ", p.k,
-                    ", and at most ", kInt8Columns, " columns, got ", p.K);
+    STD_TORCH_CHECK(p.k % 4 == 0 && a.C % 4 == 0 && p.K <= kInt8Columns, op, ": expected int8 with blocks of k and channels",
+                    " that are multiples of 4, got ", p.k, " and ", a.C, ", and at most ", kInt8Columns, " columns, got ", p.K);
     STD_TORCH_CHECK(scales_any->scalar_type() == ScalarType::Float && scales_any->dim() == 1 && scales_any->size(0) == p.N,
                     op, ": expected float32 scales of shape (", p.N, ")");
     STD_TORCH_CHECK(input_scale >= 0 && input_scale < 1e30, op, ": expected a finite input_scale of at least 0");

@@ -16,8 +16,7 @@ class SparseConv1d(nn.Module):
     """nn.Conv1d that stores and multiplies only the nonzero blocks of its weight: its arguments, inputs and outputs.
 
     filters  SparseLinear, out_channels x (kernel_size in_channels), the inputs of a tap next to each other (see
-             `filter_matrix`), with bias and activation. Its blocks n x k cover k channels of a tap, so k must divide
-             in_channels. A submodule, which the state dict names
+             `filter_matrix`), with bias and activation. A submodule, which the state dict names
 
     filters may also be an nn.Linear (see `split`), which is called with the windows of x: what prunes, trains, converts
     or stores nn.Linear then works on the convolution, and putting a SparseLinear in makes the layer sparse.
@@ -58,10 +57,6 @@ class SparseConv1d(nn.Module):
             raise ValueError(
                 f"SparseConv1d: expected filters of {shape[0]} x {shape[1]}, "
                 f"got {filters.out_features} x {filters.in_features}"
-            )
-        if isinstance(filters, SparseLinear) and in_channels % filters.block[1]:
-            raise ValueError(
-                f"SparseConv1d: expected blocks that divide {in_channels} in_channels, got {filters.block[1]} wide"
             )
         self.filters = filters
 
@@ -128,10 +123,10 @@ class SparseConv1d(nn.Module):
         front, behind = self._paddings
         if self.padding_mode != "zeros" and front + behind:
             x = F.pad(x, (front, behind), mode=PADDING_MODES[self.padding_mode])
-        filters = self.filters
+        filters: Any = self._modules["filters"]  # nn.Module.__getattr__ costs as much as a small kernel
         if not isinstance(filters, SparseLinear):
             return filters(windows(x.transpose(1, 2), *self._window()).flatten(2)).transpose(1, 2)
-        buffers: dict[str, Any] = filters._buffers  # nn.Module.__getattr__ costs as much as a small kernel
+        buffers: dict[str, Any] = filters._buffers
         parameters: dict[str, Any] = filters._parameters
         y = call(
             x.transpose(1, 2),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..formats import BlockSparse
+from ..formats.block import INT8_UNIT
 from ..reference import sparse_conv1d as reference
 from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, BACKENDS, NATIVE_DTYPES, check_input_scale
 
@@ -32,8 +33,8 @@ def sparse_conv1d(
 
     x            (B, L, C)       any floating dtype; channels last, as an embedding leaves them
     weight       N x (T C)       T = kernel_size; the C inputs of the first tap come first: an nn.Conv1d's weight
-                                 (N, C, T) with its last two dimensions swapped. Blocks n x k, k a divisor of C, of the
-                                 dtype of x, or int8 (see BlockSparse.quantize)
+                                 (N, C, T) with its last two dimensions swapped. Blocks of n x k, of the dtype of x, or
+                                 int8 (see BlockSparse.quantize; C is a multiple of 4 then)
     bias         (N,)            dtype of x
     activation   "none", "relu", "gelu" (exact, by erf) or "gelu_tanh"
     padding      zeros in front of a sequence and behind it, the same number or (front, behind)
@@ -105,6 +106,8 @@ def call(
             raise TypeError(f"sparse_conv1d: expected x of dtype {values.dtype}, got {x.dtype}")
         x = x.to(values.dtype)
     _check_x(x, values, columns, kernel_size, padding, dilation)
+    if scales is not None and x.shape[2] % INT8_UNIT:
+        raise ValueError(f"sparse_conv1d: expected channels in multiples of {INT8_UNIT} with int8, got {x.shape[2]}")
     window = (kernel_size, stride, padding, dilation)
     scale = input_scale or 0.0
     arguments = (x, crow_indices, col_indices, values, bias, activation, *window, scales, scale)
@@ -134,10 +137,6 @@ def _check_x(
     if x.dim() != 3 or x.shape[2] * kernel_size != columns:
         raise ValueError(
             f"sparse_conv1d: expected x (B, L, C) with C = {columns} / {kernel_size} channels, got {tuple(x.shape)}"
-        )
-    if x.shape[2] % values.shape[2]:
-        raise ValueError(
-            f"sparse_conv1d: expected blocks that divide {x.shape[2]} channels, got {values.shape[2]} wide"
         )
     if x.device != values.device:
         raise ValueError(f"sparse_conv1d: expected x on {values.device}, got {x.device}")

@@ -35,6 +35,7 @@ def pruned(block=BLOCK, **options):
     return conv
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own layer
 @pytest.mark.parametrize("options", SPACE, ids=str)
 def test_same_function_and_gradients(options):
     dense = pruned(**options)
@@ -155,11 +156,6 @@ CONV = SparseConv1d.from_dense(pruned(), BLOCK)
             lambda: SparseConv1d.from_dense(nn.Conv1d(12, 20, 3), BLOCK),
             ValueError,
             "expected a shape divisible by blocks of 8x4, got 20x36",
-        ),
-        (
-            lambda: SparseConv1d.from_dense(nn.Conv1d(6, 16, 4), BLOCK),
-            ValueError,
-            "expected blocks that divide 6 in_channels, got 4 wide",
         ),
         (
             lambda: SparseConv1d(12, 16, 2, filters=CONV.filters),

@@ -156,10 +156,10 @@ def test_strided_x_and_autocast():
         ({"weight": INT8.weight(), "input_scale": math.nan}, ValueError, "positive, finite input_scale"),
         ({"backend": "cudnn"}, ValueError, "expected a backend among native, reference, got 'cudnn'"),
         (
-            {"x": torch.zeros(1, 9, 6), "weight": BlockSparse.from_dense(torch.ones(8, 12), (8, 4)), "bias": None}
-            | {"kernel_size": 2},
+            {"x": torch.zeros(1, 9, 6), "weight": BlockSparse.from_dense(torch.ones(8, 12), (8, 4)).quantize()}
+            | {"kernel_size": 2, "bias": None},
             ValueError,
-            "expected blocks that divide 6 channels, got 4 wide",
+            "expected channels in multiples of 4 with int8, got 6",
         ),
     ],
 )

@@ -156,10 +156,10 @@ void forward(const SparseConv1d& a, int part, int parts, float* scratch) {
   }
 }
 
-// bfloat16 weights: pairs if blocks have an even number of inputs, or one; else widened.
+// bfloat16 weights: pairs if blocks have an even number of inputs, as a tap must, or one; else widened.
 [[maybe_unused]] void forward_bfloat(const SparseConv1d& a, int part, int parts, float* scratch) {
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  if (takes_pairs(a.weight)) return forward<Bf16Dot>(a, part, parts, scratch);
+  if (takes_singles<Bf16Dot>(a.weight) || (a.weight.k % 2 == 0 && a.C % 2 == 0)) return forward<Bf16Dot>(a, part, parts, scratch);
 #endif
   forward<Bf16Wide>(a, part, parts, scratch);
 }

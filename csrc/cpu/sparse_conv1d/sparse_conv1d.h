@@ -6,7 +6,7 @@
 struct SparseConv1d {
   const void* x;      // B x L x C
   void* y;            // B x P x weight.N
-  Projection weight;  // N x (taps * C), the C inputs of the first tap first; row_sums is not used
+  Projection weight;  // N x (taps * C), the C inputs of the first tap first; int8: C is a multiple of 4. row_sums is not used
   int64_t B, L, P, C;
   int64_t taps, stride, dilation;
   int64_t padding;    // zeros in front of a sequence; as many follow it as P outputs read
