@@ -15,7 +15,8 @@ and model.safetensors holds for each of them
     <name>.bias          (N,)                dtype   where `bias` is true
 
 The matrices of a sparse recurrent layer "rnn" are such layers, "rnn.ih_l0", "rnn.hh_l0" and so on (see
-layers.recurrent): all of them, of one dtype, without activation or input_scale.
+layers.recurrent): all of them, of one dtype, without activation or input_scale. That of a sparse nn.Conv1d "conv" is
+"conv.filters".
 
 `crc32` runs over the bytes of these tensors in this order. All other tensors are stored as they are.
 
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 from .formats import BlockSparse
 from .formats.block import INDEX_DTYPE
 from .layers import SparseLinear
-from .layers.composite import replace_modules, split_composites_
+from .layers.composite import Twin, replace_modules, split_composites_
 from .layers.encoder import FUSED_PRECISIONS
 from .layers.recurrent import SparseRecurrent
 from .models import has_fused_decoder, is_transformers_model
@@ -109,12 +110,12 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer: A
     tokenizer   saved along by its own save_pretrained
     returns     the directory
 
-    Raises ValueError if a layer still carries a pruning mask, a recurrent one is still split into its matrices, or the
+    Raises ValueError if a layer still carries a pruning mask, one is still split into its matrices, or the
     state holds something other than tensors, NotADirectoryError if `directory` is a file, OSError if it cannot be
     written.
     """
     for name, module in model.named_modules():
-        if isinstance(module, SparseRecurrent) and any(isinstance(m, nn.Linear) for m in module.children()):
+        if isinstance(module, Twin) and any(isinstance(m, nn.Linear) for m in module.children()):
             raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got {name} split for pruning")
     target = Path(directory).resolve()
     with _staged(target) as staging:

@@ -1,4 +1,4 @@
-"""Choosing, by timing, whether a layer of several matrices (an LSTM, a GRU) is sparse, and in which blocks."""
+"""Choosing, by timing, whether a layer of several matrices (LSTM, GRU, Conv1d) is sparse, and in which blocks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .choose import RESULT_TOLERANCE, by_pattern, sparse_layer
 from .choose_encoders import LEAST_COSINE, SEQUENCE, first_tensor
-from .layers import SparseLinear
-from .layers.composite import is_composite, split, with_hooks
-from .layers.recurrent import SparseRecurrent
+from .formats.block import INT8_UNIT
+from .layers import SparseConv1d, SparseLinear
+from .layers.composite import Twin, is_composite, split, with_hooks
 from .measure import interleave, ratio
 from .plan import DENSE, BlockShape, CompositePlanRow, Times, geometric_mean, option_name
 from .report import effective_weight
@@ -32,7 +32,7 @@ class Composite:
 
     name: str
     module: nn.Module
-    twin: SparseRecurrent
+    twin: Twin
     weights: dict[str, Tensor]
 
     @property
@@ -43,7 +43,7 @@ class Composite:
         kept = sum(int(weight.count_nonzero()) for weight in self.weights.values())
         return CompositePlanRow(self.name, self.twin.dense.__name__, count, first.dtype, 1 - kept / count)
 
-    def sparse(self, block: BlockShape) -> SparseRecurrent:
+    def sparse(self, block: BlockShape) -> Twin:
         """In blocks; biases, requires_grad, training mode and hooks carry over."""
         linears: dict[str, nn.Module] = dict(self.twin.named_children())
         matrices = {name: sparse_layer(linears[name], self.weights[name], block) for name in self.weights}  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def find_composites(model: nn.Module, filter_fn: FilterFn | None) -> list[Compos
     found = []
     for name, module in model.named_modules():
         twin = split(module) if is_composite(module) else module
-        if not isinstance(twin, SparseRecurrent) or module is model:
+        if not isinstance(twin, Twin) or module is model:
             continue
         matrices = twin.matrices
         if any(isinstance(matrix, SparseLinear) for matrix in matrices.values()):
@@ -69,7 +69,7 @@ def find_composites(model: nn.Module, filter_fn: FilterFn | None) -> list[Compos
 @torch.no_grad()
 def choose_composite(
     composite: Composite, densities: Mapping[BlockShape, float], obstacle: str | None, config: SparsifyConfig
-) -> tuple[CompositePlanRow, SparseRecurrent | None]:
+) -> tuple[CompositePlanRow, Twin | None]:
     """(row, the layer to put in or None to keep the dense one).
 
     Timed are torch's layer and the sparse ones on random sequences of config.token_counts, of at most SEQUENCE tokens
@@ -90,11 +90,11 @@ def choose_composite(
         block = by_pattern(densities)
         row = replace(row, block=block, stored_density=densities[block], reason="by pattern, not measured")
         return row, composite.sparse(block)
-    options: dict[str, tuple[BlockShape, str | None, SparseRecurrent]] = {}
+    options: dict[str, tuple[BlockShape, str | None, Twin]] = {}
     for block in densities:
         layer = composite.sparse(block)
         options[option_name(block, None)] = block, None, layer
-        if "int8" in config.precisions:
+        if "int8" in config.precisions and _takes_int8(composite.twin):
             options[option_name(block, "int8")] = block, "int8", with_hooks(layer.quantize(), layer)
     layers = {name: layer for name, (_, _, layer) in options.items()}
     times, cosines = _time(composite, layers, config)
@@ -122,6 +122,12 @@ def choose_composite(
     return replace(row, **chosen, reason=f"{speedup:.2f}x faster", speedup=speedup), layer  # type: ignore[arg-type]
 
 
+def _takes_int8(twin: Twin) -> bool:
+    """Kernels read int8 inputs, of a convolution the channels of a tap, INT8_UNIT at a time."""
+    sizes = [twin.in_channels] if isinstance(twin, SparseConv1d) else [m.in_features for m in twin.matrices.values()]
+    return all(size % INT8_UNIT == 0 for size in sizes)
+
+
 def _obstacle(row: CompositePlanRow, composite: Composite, config: SparsifyConfig) -> str | None:
     device = next(iter(composite.weights.values())).device.type
     if device != "cpu":
@@ -137,7 +143,7 @@ def _faster(before: Times, after: Times, factor: float) -> bool:
 
 
 def _time(
-    composite: Composite, layers: Mapping[str, SparseRecurrent], config: SparsifyConfig
+    composite: Composite, layers: Mapping[str, Twin], config: SparsifyConfig
 ) -> tuple[dict[str, Times], dict[str, float]]:
     """({option: times}, {sparse option: least cosine similarity of an output to the dense layer's})."""
     linears: dict[str, nn.Linear] = {}

@@ -22,9 +22,8 @@ from .choose_encoders import choose_encoders_, first_tensor
 from .cost import CostModel
 from .formats.block import split_blocks
 from .layers import SparseEncoder
-from .layers.composite import is_composite, replace_modules
+from .layers.composite import Twin, is_composite, replace_modules
 from .layers.encoder import FUSED_PRECISIONS
-from .layers.recurrent import SparseRecurrent
 from .measure import machine, use_threads
 from .models import after_conversion
 from .plan import MEASURES, BlockShape, OutputChange, Plan, PlanRow
@@ -56,8 +55,8 @@ class SparsifyConfig:
     fuse          let encoders of known families (models.families) run as fused layers, where that is faster; with
                   measure "off" without timing
     precisions    of fused encoders that are allowed beside that of the weights: "bfloat16", "int8"; taken where they
-                  are min_speedup faster. The model keeps its own weights. Recurrent layers may take int8 weights, for
-                  good
+                  are min_speedup faster. The model keeps its own weights. Recurrent layers and convolutions may take
+                  int8 weights, for good
     inputs        keyword arguments of the model: its output on them is compared before and after
     evaluate      model -> a number, of which the plan tells the value before and after
     """
@@ -95,19 +94,19 @@ class SparsifyConfig:
 
 
 def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn: FilterFn | None = None) -> Plan:
-    """Replace layers that hold zeros, nn.Linear, nn.LSTM and nn.GRU, by sparse ones where that is faster, in place.
+    """Replace nn.Linear, nn.LSTM, nn.GRU and nn.Conv1d that hold zeros by sparse layers where faster, in place.
 
     The zeros may come from any pruner; masks (sparsenlp.prune, torch.nn.utils.prune) are read as they
     are now and burned in. Each layer is compared on the CPU, in its own dtype and with warm weights,
     with every block shape that fits its zeros, as `config.measure` says; layers of the same shape and
     alike densities share a measurement. Unless it is "off", no layer becomes sparse before layers like
     it have been timed and were faster. Biases are shared with the old layers, and a Linear used in
-    several places stays shared. A recurrent layer is timed and chosen as a whole, in one block shape for all its
-    matrices. Then encoders of known families become fused layers where that is faster still
+    several places stays shared. A recurrent layer or a convolution is timed and chosen as a whole, in one
+    block shape for all its matrices. Then encoders of known families become fused layers where that is faster still
     (see models.fuse_encoders_, which can be undone), with fused embeddings, and the layers of known decoders one op
     (see models.decoders.fuse_decoder_).
 
-    filter_fn   (module, qualified name) -> whether to consider a Linear; None considers all. A recurrent layer is
+    filter_fn   (module, qualified name) -> whether to consider a Linear; None considers all. A composite one is
                 considered where one of its matrices ("lstm.hh_l0") is
     returns     the Plan: one row per layer considered, `str(plan)` is a table
 
@@ -203,7 +202,7 @@ def _considered(model: nn.Module, filter_fn: FilterFn | None, composites: bool) 
     """The layers of their own; there may be none if there are composites, whose matrices are not among them."""
     if _is_plain_linear(model):
         raise ValueError("sparsify_: expected a model that contains nn.Linear layers, got a single nn.Linear; wrap it")
-    inside = {child for module in model.modules() if isinstance(module, SparseRecurrent) for child in module.children()}
+    inside = {child for module in model.modules() if isinstance(module, Twin) for child in module.children()}
     modules = {n: m for n, m in model.named_modules() if m not in inside}
     linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and _is_plain_linear(m)}
     if not linears and not composites:
@@ -221,7 +220,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _obstacles(model: nn.Module) -> dict[int, str]:
-    """{id(linear or recurrent layer): why it must stay as it is}."""
+    """{id(linear, recurrent or convolution): why it must stay as it is}."""
     reasons = {}
     owners: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for module in model.modules():

@@ -240,7 +240,7 @@ class Plan:
     measurements  how many distinct ones were made
     model_errors  of the cost model, by kind of layer: 90th percentile of its relative error on calls it had not seen
     encoders      one row for each encoder of a known family
-    composites    one row for each recurrent layer
+    composites    one row for each recurrent layer and convolution
     change        of the model's output, where inputs or an evaluation were given
     """
 

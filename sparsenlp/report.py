@@ -139,7 +139,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
     """(name, layer) of every nn.Linear, masked ones and subclasses included, and SparseLinear, once each.
 
-    The matrices of an nn.LSTM or nn.GRU count as such.
+    The matrices of an nn.LSTM, nn.GRU or nn.Conv1d count as such.
     """
     for name, module in named_layers(model):
         if isinstance(module, nn.Linear | SparseLinear):

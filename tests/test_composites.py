@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_rnn import VOCABULARY, TinyRnn, tiny_rnn
 from torch import nn
 
-from sparsenlp import SparseGRU, SparseLSTM, SparsifyConfig, from_pretrained, save_pretrained, sparsify_
+from sparsenlp import SparseConv1d, SparseGRU, SparseLSTM, SparsifyConfig, from_pretrained, save_pretrained, sparsify_
 from sparsenlp.benchmark import dense_twin, dynamic_int8
 from sparsenlp.checkpoint import CheckpointError
 from sparsenlp.compare import compare
@@ -221,6 +221,42 @@ def test_refusals_leave_torchs_layers():
         with pytest.raises((ValueError, KeyError), match=re.escape(message)):
             call()
         assert list(model.modules()) == before
+
+
+def test_a_convolution_goes_the_same_way(tmp_path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = nn.Conv1d(8, 16, 3, padding="same"), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.out(self.conv(x).relu().amax(-1))
+
+    torch.manual_seed(0)
+    model, x = Network(), torch.randn(2, 8, 9)
+    assert prune_(model, Block(8, 1), 0.75, filter_fn=lambda module, name: name.startswith("conv")) == {
+        "conv.filters": pytest.approx(0.75)
+    }
+    model(x).sum().backward()
+    grad = model.conv.filters.parametrizations.weight.original.grad
+    assert grad.any()
+    assert not grad[model.conv.filters.weight == 0].any()
+    finalize_(model)
+    expected = model(x)
+    assert type(model.conv) is nn.Conv1d
+    assert sparsity_of(model, lambda module, name: name == "conv.filters") == pytest.approx(0.75)
+    plan = sparsify_(model, SparsifyConfig(blocks=((8, 1),), measure="time", token_counts=(2, 9), seconds=0.0))
+    assert set(plan.composites[0].times) == {"dense", "8x1"}
+    assert plan.composites[0].cosines["8x1"] > 0.99999
+    if not plan.composites[0].block:
+        sparsify_(model, BY_PATTERN)
+    assert isinstance(model.conv, SparseConv1d)
+    torch.testing.assert_close(model(x), expected)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(from_pretrained(tmp_path, Network())(x), model(x))
+    twin = dense_twin(model)
+    assert type(twin.conv) is nn.Conv1d
+    torch.testing.assert_close(twin(x), expected)
 
 
 def test_a_model_that_is_still_split_is_not_saved(tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..convert import DEFAULT_BLOCKS, SparsifyConfig, sparsify_
 from ..cost import calibrated
+from ..layers.composite import on_split
 from ..measure import interleave, use_threads
 from ..prune import Block, LayerStatistics, LayerTarget, Pattern, finalize_, prune_layers_
 from ..prune.layers import FilterFn, prunable
@@ -25,6 +26,7 @@ SECONDS = 1.0
 """Of timing the pruned model and the dense one in turn, for each trial."""
 
 
+@on_split
 def allocate_to_target(
     model: nn.Module,
     target: Target | str,

@@ -1,4 +1,4 @@
-"""torch's layers that hold matrices but no nn.Linear (LSTM, GRU), and their twins whose matrices are linear layers.
+"""torch's layers that hold matrices but no nn.Linear (LSTM, GRU, Conv1d), and their twins whose matrices are linear.
 
 A twin with nn.Linear matrices ("split") computes the same, so masks, statistics and solvers reach the matrices; one
 with SparseLinear matrices is sparse. Models start with torch's layers and have them again where no mask is left.
@@ -6,18 +6,22 @@ with SparseLinear matrices is sparse. Models start with torch's layers and have 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from .recurrent import SparseRecurrent
+from .sparse_conv1d import SparseConv1d
 from .sparse_gru import SparseGRU
 from .sparse_lstm import SparseLSTM
 
-TWINS: dict[type[nn.Module], type[SparseRecurrent]] = {nn.LSTM: SparseLSTM, nn.GRU: SparseGRU}
+Twin = SparseRecurrent | SparseConv1d
+TWINS: dict[type[nn.Module], Any] = {nn.LSTM: SparseLSTM, nn.GRU: SparseGRU, nn.Conv1d: SparseConv1d}
 """By torch's class; a subclass may compute something else."""
 HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -39,24 +43,29 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 def is_composite(module: nn.Module) -> bool:
     """Whether this is one of torch's layers that `split` takes: exactly of its class, each weight a Parameter."""
-    names: Any = getattr(module, "_flat_weights_names", ())
-    return type(module) in TWINS and all(name in module._parameters for name in names)
+    names: Any = getattr(module, "_flat_weights_names", ("weight",))
+    return (
+        type(module) in TWINS
+        and all(name in module._parameters for name in names)
+        and getattr(module, "groups", 1) == 1
+    )
 
 
-def split(module: nn.Module) -> SparseRecurrent:
-    """The twin with nn.Linear matrices, which has the layer's Parameters and hooks."""
-    return with_hooks(TWINS[type(module)].split(cast(nn.RNNBase, module)), module)
+def split(module: nn.Module) -> Twin:
+    """The twin with nn.Linear matrices, which has the layer's Parameters (of a convolution a copy) and hooks."""
+    return with_hooks(cast(Twin, TWINS[type(module)].split(module)), module)
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """model.named_modules(), and after each layer of torch that could be split its matrices, as if it were.
 
     Those are nn.Linear views: they share Parameters (and their gradients) with the layer, but the model does not call
-    them, so a mask or a hook on one does nothing. For these `splitting` comes first.
+    them, so a mask or a hook on one does nothing. For these `splitting` comes first. A convolution's is a copy.
     """
+    composites = _composites(model)
     for name, module in model.named_modules():
         yield name, module
-        if is_composite(module) and module is not model:
+        if module in composites:
             for own, view in split(module).matrices.items():
                 yield f"{name}.{own}", view
 
@@ -64,14 +73,15 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def split_composites_(model: nn.Module, names: Container[str] | None = None) -> dict[nn.Module, nn.Module]:
     """Put twins with nn.Linear matrices in for torch's layers, in place; returns {torch's layer: twin}.
 
-    Nothing else changes: Parameters are the same objects, outputs and gradients the same numbers. The state dict has
-    the names of the twin, as `lstm.ih_l0.weight`, until `join_composites_`.
+    Nothing else changes: Parameters are the same objects, but for a convolution's weight, outputs and gradients the
+    same numbers. The state dict has the names of the twin, as `lstm.ih_l0.weight`, until `join_composites_`.
 
     names  qualified names of the layers to split; None: all
     """
+    composites = _composites(model)
     twins: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_composite(module) and module is not model and (names is None or name in names) and module not in twins:
+        if module in composites and module not in twins and (names is None or name in names):
             twins[module] = split(module)
     replace_modules(model, twins)
     return twins
@@ -81,7 +91,7 @@ def join_composites_(model: nn.Module) -> nn.Module:
     """Put torch's layers in for twins whose matrices are all plain nn.Linear, without masks; returns `model`."""
     joined: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, SparseRecurrent) and module is not model and _is_plain(module):
+        if isinstance(module, Twin) and module is not model and _is_plain(module):
             joined[module] = with_hooks(module.to_dense(), module)
     replace_modules(model, joined)
     return model
@@ -94,7 +104,12 @@ def splitting(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        replace_modules(model, {twin: module for module, twin in twins.items() if _is_plain(twin)})
+        whole = {twin: module for module, twin in twins.items() if _is_plain(twin)}
+        for twin, module in whole.items():
+            if isinstance(twin, SparseConv1d):  # its weight is a copy, which may have been trained
+                with torch.no_grad():
+                    cast(nn.Conv1d, module).weight.copy_(twin.to_dense().weight)
+        replace_modules(model, whole)
 
 
 def on_split(function: Function) -> Function:
@@ -106,6 +121,19 @@ def on_split(function: Function) -> Function:
             return function(model, *args, **kwargs)
 
     return cast(Function, call)
+
+
+def _composites(model: nn.Module) -> set[nn.Module]:
+    """Layers inside of `model` that can be split. A convolution whose weight another module has too cannot: the copies
+    would part."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    return {
+        module
+        for module in model.modules()
+        if is_composite(module)
+        and module is not model
+        and not (isinstance(module, nn.Conv1d) and owners[id(module.weight)] > 1)
+    }
 
 
 def _is_plain(twin: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class SparseConv1d(nn.Module):
 
     Raises ValueError where torch raises RuntimeError: sizes that disagree, a sequence shorter than the kernel.
     """
+
+    dense = nn.Conv1d
 
     def __init__(
         self,
@@ -112,6 +115,21 @@ class SparseConv1d(nn.Module):
         if not isinstance(self.filters, SparseLinear):
             raise TypeError(f"SparseConv1d: expected sparse filters to quantize, got {type(self.filters).__name__}")
         return type(self)(**_arguments(self), filters=self.filters.quantize(input_scale)).train(self.training)
+
+    @property
+    def matrices(self) -> dict[str, SparseLinear | nn.Linear]:
+        """The submodules, by name."""
+        return {"filters": self.filters}
+
+    def with_matrices(self, matrices: Mapping[str, SparseLinear | nn.Linear]) -> SparseConv1d:
+        """A layer with the same arguments and other filters."""
+        return type(self)(**_arguments(self), filters=matrices["filters"]).train(self.training)
+
+    def sample(self, batch: int, steps: int, generator: torch.Generator) -> Tensor:
+        """A random input of so many sequences and positions, at least as many as the kernel covers."""
+        covered = self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        x = torch.randn(batch, max(steps, covered), self.in_channels, generator=generator)
+        return x.to(next(self.filters.parameters())).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (2, 3) or x.shape[-2] != self.in_channels:

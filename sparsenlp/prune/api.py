@@ -48,7 +48,8 @@ def prune_(
     pruned, so a lower sparsity changes nothing. `finalize_` makes the zeros permanent. Masks of
     torch.nn.utils.prune are taken over. Selected layers that share one weight share its mask, which
     the statistics of the first of them decide. An nn.LSTM or nn.GRU becomes a SparseLSTM or SparseGRU
-    with nn.Linear matrices, `lstm.ih_l0` and so on, until `finalize_`.
+    with nn.Linear matrices, `lstm.ih_l0` and so on, until `finalize_`; so does an nn.Conv1d, whose weight
+    becomes a new Parameter, `conv.filters.weight`: make optimizers afterwards.
 
     Scores are made layer by layer; beside the statistics this takes 4 bytes for each unit of the
     pattern and 1 byte for each weight.
@@ -89,8 +90,8 @@ def mask_zeros_(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None =
 def finalize_(model: nn.Module) -> nn.Module:
     """Write the zeros of every mask, and int8 rounding, into its weight and remove the masks; returns `model`.
 
-    What remains are ordinary modules whose weights are the same Parameter objects as before; recurrent layers are
-    torch's own again. A model without masks is returned as it is.
+    What remains are ordinary modules whose weights are the same Parameter objects as before; recurrent layers and
+    convolutions are torch's own again (these with a new weight). A model without masks is returned as it is.
     """
     for layer in masked_layers(model).values():
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

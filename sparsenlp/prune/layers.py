@@ -65,9 +65,10 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     """The linear layers that `filter_fn(module, name)` selects, by dotted name, in the model's order.
 
     `filter_fn` defaults to `default_filter` and is asked about nn.Linear modules only. The matrices of an nn.LSTM or
-    nn.GRU (`lstm.ih_l0`, `lstm.hh_l0`, ...) come as views: their weights and gradients are those of the model, but
-    before masks or hooks are put on them `layers.composite.split_composites_` must make them part of it, as `prune_`
-    and the solvers do by themselves. Raises ValueError if the model has no linear layer or the filter selects none.
+    nn.GRU (`lstm.ih_l0`, `lstm.hh_l0`, ...) come as views: their weights and gradients are those of the model; the
+    filters of an nn.Conv1d (`conv.filters`) as a copy. Before masks or hooks are put on them,
+    `layers.composite.split_composites_` must make them part of the model, as `prune_` and the solvers do by
+    themselves. Raises ValueError if the model has no linear layer or the filter selects none.
     """
     linears = {name: module for name, module in named_layers(model) if isinstance(module, nn.Linear)}
     if not linears:

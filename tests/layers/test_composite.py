@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from sparsenlp import SparseGRU, SparseLinear, SparseLSTM
+from sparsenlp import SparseConv1d, SparseGRU, SparseLinear, SparseLSTM
 from sparsenlp.layers.composite import join_composites_, named_layers, split, split_composites_, splitting
 from sparsenlp.prune import InputStatistics
 
@@ -235,6 +235,24 @@ def test_statistics_of_inputs_skip_padding():
     for found in squares:
         torch.testing.assert_close(found["ih_l0"], expected)
     torch.testing.assert_close(squares[0]["hh_l0"], squares[1]["hh_l0"])
+
+
+def test_a_convolution_trains_while_it_is_split():
+    """Its weight is a copy, which comes back; one that two layers share is left alone."""
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3, padding=1), nn.Conv1d(8, 8, 3, groups=2))
+    x = torch.randn(2, 4, 7)
+    conv, before = model[0], model(x)
+    with splitting(model):
+        assert isinstance(model[0], SparseConv1d)
+        torch.testing.assert_close(model(x), before)
+        model[0].filters.weight.data.mul_(2)
+        after = model(x)
+    assert model[0] is conv
+    torch.testing.assert_close(model(x), after)
+    assert type(model[3]) is nn.Conv1d
+    tied = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3))
+    tied[1].weight = tied[0].weight
+    assert split_composites_(tied) == {}
 
 
 def test_mixed_matrices_are_refused():
