@@ -6,6 +6,7 @@ from tiny_bert import write_table
 
 pytest.importorskip("transformers", reason="the models are models of transformers")
 TINY = {
+    "textcnn": ("--model", "textcnn", "--option", "embedding_size=16", "--option", "filters=16"),
     "selfattention": ("--model", "selfattention", "--option", "embedding_size=16", "--option", "intermediate_size=32"),
     "birnn": ("--model", "birnn", "--option", "embedding_size=16", "--option", "hidden_size=16"),
 }

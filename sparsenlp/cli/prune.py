@@ -126,7 +126,7 @@ def prune(
     weights are removed little by little while the dense model teaches what remains. At the end every
     layer becomes sparse where that is faster on this machine. After Ctrl-C the same
     command goes on where it stopped. Without --data the weights are removed at once and accuracy is
-    not recovered.
+    not recovered. Models of `sparsenlp train` have defaults of their own: 80 % zeros, a learning rate of 2e-3.
 
     \b
     sparsenlp prune bert-base-uncased out --data train.csv --test test.csv
