@@ -29,6 +29,7 @@ from .block_sparse_attention import (
     store_rows,
     tile_of,
 )
+from .bsr_linear_product import compiler_options
 from .launch import Device, Launch, run
 
 
@@ -276,7 +277,7 @@ def plan_backward(
                 *shapes.sizes,
             ),
             constants={**shapes.constants, **by_rows},
-            options=options_of(shapes, by_rows, sides),
+            options=compiler_options(sides["warps"], sides["stages"]),  # on 8, widths above 128 spill
         ),
         Launch(
             kernel=_grad_key_value_kernel,
