@@ -38,15 +38,21 @@ def compile_launch(launch: Any, target: GPUTarget = SM80) -> Any:
     signature, constants, attributes = dict.fromkeys(launch.constants, "constexpr"), dict(launch.constants), {}
     for name, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
         position = launch.kernel.arg_names.index(name)
-        if value is None or (type(value) is int and value == 1):
+        if _is_constant(launch, value, position):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _type(value)
+        if launch.kernel.params[position].do_not_specialize:
+            continue
         if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0 and not isinstance(value, float):
             attributes[(position,)] = [["tt.divisibility", 16]]
     places = {(launch.kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(launch.kernel, signature, places, attributes)
     return triton.compile(source, target=target, options=launch.options)
+
+
+def _is_constant(launch: Any, value: Any, position: int) -> bool:
+    return value is None or (type(value) is int and value == 1 and not launch.kernel.params[position].do_not_specialize)
 
 
 def _type(value: Tensor | int | float) -> str:
@@ -63,7 +69,7 @@ def simulate(launch: Any, schedule: ptx.LockStep | ptx.Adversarial | None = None
     Tensors that overlap in memory share a buffer; others may not be reached through each other's pointers.
     """
     compiled = compiled or compile_launch(launch)
-    values = [v for v in launch.arguments if v is not None and not (type(v) is int and v == 1)]
+    values = [v for position, v in enumerate(launch.arguments) if not _is_constant(launch, v, position)]
     merged = buffers([value for value in values if isinstance(value, Tensor)])
     arguments = [pointer(value, merged) if isinstance(value, Tensor) else value for value in values]
     text, name = compiled.asm["ptx"], compiled.metadata.name

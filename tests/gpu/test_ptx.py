@@ -638,6 +638,58 @@ def test_a_cta_that_spins_on_another_does_not_hang():
         assert out.tolist() == [1, 5]
 
 
+HAND_OVER = """
+    mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; @%p1 bra SET;
+SPIN: ACQUIRE setp.eq.u32 %p2, %r2, 0; @%p2 bra SPIN;
+    AFTER ld.global.u32 %r3, [%rd0+4]; st.global.u32 [%rd0+8], %r3; ret;
+SET: st.global.u32 [%rd0+4], 5; BEFORE RELEASE"""
+LOAD = "ld.{}.gpu.global.u32 %r2, [%rd0];"
+
+
+def hand_over(release: str, acquire: str, before: str = "", after: str = "") -> str:
+    parts = {"ACQUIRE": acquire, "AFTER": after, "BEFORE": before, "RELEASE": release}
+    body = HAND_OVER
+    for name, text in parts.items():
+        body = body.replace(name, text)
+    return kernel(body, 1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("st.release.gpu.global.u32 [%rd0], 1;", LOAD.format("acquire")),
+        ("red.release.gpu.global.add.u32 [%rd0], 1;", "atom.acquire.gpu.global.or.b32 %r2, [%rd0], 0;"),
+        ("st.relaxed.gpu.global.u32 [%rd0], 1;", LOAD.format("relaxed"), "fence.acq_rel.gpu;", "membar.gl;"),
+    ],
+)
+def test_what_was_released_and_acquired_is_no_race_between_ctas(parts, schedule):
+    out = np.zeros(3, np.uint32)
+    ptx.run(hand_over(*parts), "k", (2,), (32,), [out], schedule=schedule, cooperative=True)
+    assert out[1:].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("st.relaxed.gpu.global.u32 [%rd0], 1;", LOAD.format("acquire")),
+        ("st.release.gpu.global.u32 [%rd0], 1;", LOAD.format("relaxed")),
+        ("st.release.cta.global.u32 [%rd0], 1;", LOAD.format("acquire")),
+        ("red.global.add.u32 [%rd0], 1;", LOAD.format("acquire")),
+        ("st.relaxed.gpu.global.u32 [%rd0], 1;", LOAD.format("relaxed"), "fence.acq_rel.gpu;", "membar.cta;"),
+    ],
+)
+def test_what_was_not_released_or_acquired_is_a_race_between_ctas(parts):
+    with pytest.raises(ptx.PtxError, match="a read races with another warp's write"):
+        ptx.run(hand_over(*parts), "k", (2,), (32,), [np.zeros(3, np.uint32)], cooperative=True)
+
+
+def test_a_plain_write_races_with_a_plain_read_of_another_cta():
+    body = "mov.u32 %r1, %ctaid.x; st.global.u32 [%rd0], %r1;"
+    with pytest.raises(ptx.PtxError, match=r"two warps write different values|a write races"):
+        ptx.run(kernel(body, 1), "k", (2,), (32,), [np.full(1, 7, np.uint32)], cooperative=True)
+
+
 def test_generic_addresses_reach_both_memories():
     body = """
         mov.u64 %rd1, s; cvta.shared.u64 %rd2, %rd1; mad.wide.u32 %rd2, %r0, 4, %rd2; st.u32 [%rd2], %r0;

@@ -4,8 +4,9 @@
 
 What it checks while it runs: bounds and alignment of every access, shared memory that is read before it is
 written or while a cp.async into it is in flight, races between warps in shared memory, warp-wide instructions that
-only a part of a warp reaches, barriers that nobody leaves. Races in global memory show as wrong results under one of
-the schedules. An instruction that is not in its table is an error.
+only a part of a warp reaches, barriers that nobody leaves. Races in global memory are looked for where the launch is
+cooperative; elsewhere they show as wrong results under one of the schedules. An instruction that is not in its table
+is an error.
 
 What it does not model: speed, caches, weak memory order (every store is seen at once), threads of a warp
 drifting apart within a basic block, and the order in which a tensor core adds.
@@ -14,7 +15,7 @@ parse.py     text -> instructions, registers, parameters, shared variables
 bits.py      PTX types as numpy arrays
 table.py     the table of instructions; the modules named in its docstring fill it
 memory.py    global and shared memory, asynchronous copies
-races.py     accesses to shared memory that no barrier orders
+races.py     accesses that no barrier, release or acquire orders
 schedule.py  which warps run next
 machine.py   the threads and the main loop
 

@@ -30,6 +30,7 @@ def bra(machine: Machine, instruction: Instruction) -> Execute:
 def ret(machine: Machine, instruction: Instruction) -> Execute:
     def execute(mask: np.ndarray) -> None:
         machine.exited |= mask
+        machine.gathering &= ~np.repeat(mask.reshape(-1, 32).any(1), 32)  # they may have waited for these
         machine.release_full()
 
     return execute
@@ -57,6 +58,15 @@ def bar(machine: Machine, instruction: Instruction, what: str, aligned: str | No
     def execute(mask: np.ndarray) -> None:
         machine.whole_warps(mask)
         machine.wait_at_barrier(mask, name(), count() if count else None, blocks=what == "sync")
+
+    return execute
+
+
+@effect(r"(?:fence|membar)(?:\.(?:sc|acq_rel))?\.(?:gpu|sys|gl)", "9.7.13.4 membar, fence")
+def fence(machine: Machine, instruction: Instruction) -> Execute:
+    def execute(mask: np.ndarray) -> None:
+        if machine.memory.races:
+            machine.memory.races.fence(np.flatnonzero(mask.reshape(-1, 32).any(1)))
 
     return execute
 

@@ -16,12 +16,14 @@ from . import arithmetic, collective, convert, mma, transfer  # noqa: F401  (the
 from .bits import UNSIGNED, PtxError, decode, encode, width
 from .memory import AsyncCopies, GlobalMemory, Pointer, SharedMemory
 from .parse import Immediate, Instruction, Kernel, Not, Operand, Register, Special, Symbol, parse
+from .races import RaceDetector
 from .schedule import Adversarial, LockStep
 from .table import Execute, bind
 
 Read = Callable[[], np.ndarray]
 Write = Callable[[np.ndarray, np.ndarray], None]
-CONTROL = ("bra", "ret", "exit", "bar", "barrier", "trap")  # they end a basic block
+BARRIERS = ("bar", "barrier")
+CONTROL = ("bra", "ret", "exit", "trap", *BARRIERS)  # they end a basic block
 
 
 def run(
@@ -33,6 +35,7 @@ def run(
     shared_bytes: int = 0,
     schedule: LockStep | Adversarial | None = None,
     max_steps: int = 1_000_000,
+    cooperative: bool = False,
 ) -> Counter[str]:
     """Run one launch and change the arrays among `arguments` in place.
 
@@ -43,6 +46,7 @@ def run(
     shared_bytes  dynamic shared memory
     schedule      LockStep() unless given
     max_steps     basic blocks after which the kernel is taken to hang
+    cooperative   CTAs may wait for each other: races between warps in global memory are errors
     returns       how often each opcode was executed by a warp
 
     Raises PtxError for what the module's docstring lists; the arrays then keep their content.
@@ -56,6 +60,8 @@ def run(
     values = [memory.address(argument) if isinstance(argument, Pointer) else argument for argument in arguments]
     with np.errstate(all="ignore"):
         machine = Machine(program, _three(grid), _three(block), memory, _parameters(program, values), shared_bytes)
+        if cooperative:
+            memory.races = RaceDetector(1, machine.warps, memory.content.size)
         machine.run(schedule or LockStep(), max_steps)
     memory.copy_back()
     return machine.executed
@@ -83,6 +89,11 @@ def _parameters(kernel: Kernel, values: Sequence[Any]) -> np.ndarray:
             raise PtxError(f"{parameter.name}: expected {parameter.size} bytes, got {len(raw)}")
         content[parameter.offset : parameter.offset + parameter.size] = np.frombuffer(raw, np.uint8)
     return content
+
+
+def warps_of(threads: np.ndarray) -> np.ndarray:
+    """Indices of the warps of which a mask of threads has one."""
+    return np.flatnonzero(threads.reshape(-1, 32).any(1))
 
 
 class Machine:
@@ -120,6 +131,7 @@ class Machine:
         self.pc = np.zeros(self.threads, np.int64)
         self.exited = local >= threads
         self.barrier = np.full(self.threads, -1)  # the barrier a thread waits at
+        self.gathering = np.zeros(self.threads, bool)  # threads that wait in front of one for the rest of their warp
         self.arrived: dict[tuple[int, int], int] = {}  # (CTA, barrier) -> threads
         self.counted: set[tuple[int, int]] = set()  # those that open at a count, not when all of the CTA wait
         self.polling = np.zeros(self.warps, bool)  # warps that read what others may be about to write
@@ -255,6 +267,19 @@ class Machine:
             raise PtxError("a part of a warp reached an instruction for whole warps")
         return here.any(1)
 
+    def gather(self, mask: np.ndarray, i: int) -> np.ndarray:
+        """Threads of whole warps that have reached the barrier `i`; the others wait for the rest of their warp."""
+        self.pc[mask] = i
+        self.gathering |= mask
+        there = self.exited | (self.gathering & (self.pc == i))
+        whole = np.repeat(there.reshape(-1, 32).all(1), 32) & self.gathering
+        stuck = (self.exited | self.gathering).reshape(-1, 32).all(1) & ~there.reshape(-1, 32).all(1)
+        if stuck.any():
+            raise PtxError(f"{self.kernel.name}: the threads of a warp reached different barriers")
+        self.gathering &= ~whole
+        self.pc[whole] = i + 1
+        return whole
+
     def jump(self, mask: np.ndarray, target: int) -> None:
         self.pc[mask] = target
 
@@ -269,6 +294,8 @@ class Machine:
                 same = here & (barrier == name)
                 key = int(cta), int(name)
                 self.shared.races.arrive(*key, self._warps_of(same))
+                if self.memory.races:
+                    self.memory.races.arrive(0, key, warps_of(same))
                 self.arrived[key] = self.arrived.get(key, 0) + 32 * int(same.reshape(-1, 32).any(1).sum())
                 if blocks:
                     self.barrier[same] = name
@@ -291,16 +318,18 @@ class Machine:
         self.counted.discard((cta, barrier))
         waiting = (self.cta == cta) & (self.barrier == barrier)
         self.shared.races.leave(cta, barrier, self._warps_of(waiting))
+        if self.memory.races:
+            self.memory.races.leave(0, (cta, barrier), warps_of(waiting))
         self.barrier[waiting] = -1
 
     def _warps_of(self, threads: np.ndarray) -> np.ndarray:
         """Indices of warps within their CTA, of which `threads` has one."""
-        return np.unique(np.flatnonzero(threads) // 32 % self.warps_per_cta)
+        return warps_of(threads) % self.warps_per_cta
 
     def run(self, schedule: LockStep | Adversarial, max_steps: int) -> None:
         schedule.start(self.ctas, self.warps_per_cta)
         for _ in range(max_steps):
-            runnable = ~self.exited & (self.barrier < 0)
+            runnable = ~self.exited & (self.barrier < 0) & ~self.gathering
             if not runnable.any():
                 break
             shape = self.ctas, self.warps_per_cta
@@ -325,6 +354,11 @@ class Machine:
         warps = int(mask.reshape(-1, 32).any(1).sum())
         for i in range(start, end):
             instruction = self.kernel.instructions[i]
+            if instruction.opcode.split(".")[0] in BARRIERS:
+                mask = self.gather(mask, i)
+                warps = int(mask.reshape(-1, 32).any(1).sum())
+                if not warps:
+                    return
             self.executed[instruction.opcode] += warps
             try:
                 self.code[i](mask)

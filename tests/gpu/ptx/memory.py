@@ -22,6 +22,8 @@ class Space:
 
     name: str
     content: np.ndarray  # uint8, a multiple of 16 long
+    races: RaceDetector | None = None
+    ordered = False  # accesses are strong, so that they do not race with each other
 
     def place(self, address: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         """Indices into `content` of accesses of `size` bytes at `address` by `threads`, after checks."""
@@ -38,24 +40,56 @@ class Space:
         """Write data (threads, count); of threads with the same address, the last wins."""
         threads = np.flatnonzero(mask)
         element, count = data.dtype.itemsize, data.shape[1]
-        self.vectors(element, count)[self._slots(address, element * count, threads, writes=True)] = data[threads]
+        size = element * count
+        place = self._place(address[threads], size, threads)
+        content, slots = self.vectors(element, count), place // size
+        if self.races is None or self.ordered:
+            self.touch(place, size, threads, address[threads], True)
+            content[slots] = data[threads]
+            return
+        places = self._bytes(place, size)
+        raw = np.ascontiguousarray(data[threads]).view(np.uint8).reshape(places.shape)
+        changed = (self.content[places] != raw) | self.is_new(places)
+        self.touch(place, size, threads, address[threads], True)
+        content[slots] = data[threads]
+        self.check_writes(places, threads, address, changed)
+        lost = (self.content[places] != raw) & (self.races.writer[places] != threads[:, None] // 32 % self.races.warps)
+        if (wrong := lost.any(1)).any():
+            raise AccessError("two warps write different values at once", address[threads], threads, wrong)
 
     def vectors(self, element: int, count: int) -> np.ndarray:
         return self.content.view(UNSIGNED[8 * element]).reshape(-1, count)
 
     def _slots(self, address: np.ndarray, size: int, threads: np.ndarray, writes: bool = False) -> np.ndarray:
         used = address[threads]
-        self.check_alignment(used, size, threads)
-        place = self.place(used, size, threads)
+        place = self._place(used, size, threads)
         self.touch(place, size, threads, used, writes)
         return place // size
 
-    def check_alignment(self, used: np.ndarray, size: int, threads: np.ndarray) -> None:
+    def _place(self, used: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         if (wrong := used % np.uint64(size) != 0).any():
             raise AccessError(f"misaligned {size}-byte access to {self.name} memory", used, threads, wrong)
+        return self.place(used, size, threads)
 
     def touch(self, place: np.ndarray, size: int, threads: np.ndarray, used: np.ndarray, writes: bool) -> None:
         """Notice an access that passed the checks."""
+        if writes or self.races is None or self.ordered:
+            return
+        if (wrong := self.races.reads(self._bytes(place, size), threads)).any():
+            raise AccessError("a read races with another warp's write: no barrier between them", used, threads, wrong)
+
+    def is_new(self, places: np.ndarray) -> np.ndarray:
+        """Bytes whose first write counts as one, whatever they held."""
+        return np.zeros(places.shape, bool)
+
+    def check_writes(self, places: np.ndarray, threads: np.ndarray, address: np.ndarray, changed: np.ndarray) -> None:
+        if self.races is not None and not self.ordered and (wrong := self.races.writes(places, threads, changed)).any():
+            what = "a write races with another warp's access: no barrier between them"
+            raise AccessError(what, address[threads], threads, wrong)
+
+    @staticmethod
+    def _bytes(place: np.ndarray, size: int) -> np.ndarray:
+        return place[:, None] + np.arange(size)
 
 
 class AccessError(PtxError):
@@ -120,8 +154,7 @@ class SharedMemory(Space):
         self.stride = -(-size // 16) * 16 + 16
         self.content = np.full(ctas * self.stride, 0xFF, np.uint8)  # NaN
         self.state = np.full(ctas * self.stride, UNWRITTEN, np.uint8)
-        self.races = RaceDetector(ctas, threads_per_cta // 32, ctas * self.stride)
-        self.ordered = False  # accesses are atomic, so that they do not race with each other
+        self.races: RaceDetector = RaceDetector(ctas, threads_per_cta // 32, ctas * self.stride)
 
     def place(self, address: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         if (wrong := address + np.uint64(size) > np.uint64(self.size)).any():
@@ -136,30 +169,10 @@ class SharedMemory(Space):
         for code, what in ((UNWRITTEN, "before it is written"), (IN_FLIGHT, "while an asynchronous copy is in flight")):
             if (wrong := (state == code).any(1)).any():
                 raise AccessError(f"shared memory is read {what}", used, threads, wrong)
-        if not self.ordered and (wrong := self.races.reads(self._bytes(place, size), threads)).any():
-            raise AccessError("a read races with another warp's write: no barrier between them", used, threads, wrong)
+        super().touch(place, size, threads, used, writes)
 
-    def store(self, address: np.ndarray, data: np.ndarray, mask: np.ndarray) -> None:
-        threads = np.flatnonzero(mask)
-        raw = np.ascontiguousarray(data[threads]).view(np.uint8).reshape(len(threads), -1)
-        size = raw.shape[1]
-        self.check_alignment(address[threads], size, threads)
-        places = self._bytes(self.place(address[threads], size, threads), size)
-        changed = (self.content[places] != raw) | (self.state[places] != WRITTEN)
-        super().store(address, data, mask)
-        self.check_writes(places, threads, address, changed)
-        lost = (self.content[places] != raw) & (self.races.writer[places] != threads[:, None] // 32 % self.races.warps)
-        if (wrong := lost.any(1)).any():
-            raise AccessError("two warps write different values at once", address[threads], threads, wrong)
-
-    def check_writes(self, places: np.ndarray, threads: np.ndarray, address: np.ndarray, changed: np.ndarray) -> None:
-        if not self.ordered and (wrong := self.races.writes(places, threads, changed)).any():
-            what = "a write races with another warp's access: no barrier between them"
-            raise AccessError(what, address[threads], threads, wrong)
-
-    @staticmethod
-    def _bytes(place: np.ndarray, size: int) -> np.ndarray:
-        return place[:, None] + np.arange(size)
+    def is_new(self, places: np.ndarray) -> np.ndarray:
+        return self.state[places] != WRITTEN
 
     def mark(self, place: np.ndarray, size: int, state: int) -> None:
         self.state.reshape(-1, size)[place // size] = state

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from .table import Execute, effect
 if TYPE_CHECKING:
     from .machine import Machine
 
-ORDER = r"(?:\.(?:weak|volatile|relaxed|acquire|release|acq_rel)(?:\.(?:cta|cluster|gpu|sys))?)?"
+ORDER = r"(?P<order>(?:\.(?:weak|volatile|relaxed|acquire|release|acq_rel)(?:\.(?:cta|cluster|gpu|sys))?)?)"
 SPACE = r"(?:\.(?P<space>global|shared)(?:::cta)?)?"
 CACHE = r"(?:\.nc)?(?:\.(?:ca|cg|cs|lu|cv|wb|wt))?(?:\.L1::\w+)?(?:\.L2::(?!cache_hint)\w+)*"
 TYPE = r"(?:\.v(?P<count>[248]))?\.(?P<t>[bus](?:8|16|32|64)|f32|f64)"
@@ -49,7 +50,30 @@ def elements(operand: Operand) -> tuple[Operand, ...]:
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 
-@effect(rf"ld(?P<order>{ORDER}){SPACE}{CACHE}{TYPE}", "9.7.9.8 ld, 9.7.9.9 ld.global.nc")
+@contextmanager
+def strong(machine: Machine, memory: Space, order: str, mask: np.ndarray) -> Iterator[Callable[..., None]]:
+    """For the accesses of strong instructions, which race with nothing, and what they pass on between warps.
+
+    In global memory the function that it gives is to be called with their addresses and what they do.
+    """
+
+    def pass_on(where: np.ndarray, reads: bool, writes: bool, replaces: bool = False) -> None:
+        races = memory.races
+        if memory is not machine.memory or races is None or ".cta" in order:
+            return
+        for thread in np.flatnonzero(mask):
+            if reads:
+                races.observe(int(where[thread]), thread // 32, order.startswith((".acquire", ".acq_rel")))
+            if writes:
+                release = order.startswith((".release", ".acq_rel"))
+                races.publish(int(where[thread]), thread // 32, release, replaces)
+
+    memory.ordered = True
+    yield pass_on
+    memory.ordered = False
+
+
+@effect(rf"ld{ORDER}{SPACE}{CACHE}{TYPE}", "9.7.9.8 ld, 9.7.9.9 ld.global.nc")
 def ld(machine: Machine, instruction: Instruction, order: str, space: str | None, count: str | None, t: str) -> Execute:
     destination, source = instruction.operands
     size = width(t) // 8
@@ -58,7 +82,12 @@ def ld(machine: Machine, instruction: Instruction, order: str, space: str | None
 
     def execute(mask: np.ndarray) -> None:
         memory, where = resolve(machine, space, address(), mask)
-        data = memory.load(where, size, len(writes), mask)
+        if order in ("", ".weak") or memory is machine.shared:
+            data = memory.load(where, size, len(writes), mask)
+        else:
+            with strong(machine, memory, order, mask) as pass_on:
+                data = memory.load(where, size, len(writes), mask)
+                pass_on(where, reads=True, writes=False)
         if order not in ("", ".weak"):
             machine.polling |= mask.reshape(-1, 32).any(1)
         for i, write in enumerate(writes):
@@ -90,14 +119,20 @@ def ld_param(machine: Machine, instruction: Instruction, count: str | None, t: s
 
 
 @effect(rf"st{ORDER}{SPACE}{CACHE}{TYPE}", "9.7.9.11 st")
-def st(machine: Machine, instruction: Instruction, space: str | None, count: str | None, t: str) -> Execute:
+def st(machine: Machine, instruction: Instruction, order: str, space: str | None, count: str | None, t: str) -> Execute:
     destination, source = instruction.operands
     address = addresses(machine, destination)
     reads = [machine.bits_reader(item, width(t), wider=True) for item in elements(source)]
 
     def execute(mask: np.ndarray) -> None:
         memory, where = resolve(machine, space, address(), mask)
-        memory.store(where, np.stack([read() for read in reads], 1), mask)
+        data = np.stack([read() for read in reads], 1)
+        if order in ("", ".weak") or memory is machine.shared:
+            memory.store(where, data, mask)
+            return
+        with strong(machine, memory, order, mask) as pass_on:
+            memory.store(where, data, mask)
+            pass_on(where, reads=False, writes=True, replaces=True)
 
     return execute
 
@@ -129,7 +164,9 @@ ATOMIC: dict[str, Callable] = {
     r"\.(?P<t>[bus](?:16|32|64)|f16x2|bf16x2|f16|bf16|f32|f64)",
     "9.7.13.5 atom, 9.7.13.6 red",
 )
-def atom(machine: Machine, instruction: Instruction, name: str, space: str | None, op: str, t: str) -> Execute:
+def atom(
+    machine: Machine, instruction: Instruction, name: str, order: str, space: str | None, op: str, t: str
+) -> Execute:
     """Threads with the same address go one after the other, lowest first."""
     operands = (None, *instruction.operands) if name == "red" else instruction.operands
     address = addresses(machine, operands[1])
@@ -147,11 +184,11 @@ def atom(machine: Machine, instruction: Instruction, name: str, space: str | Non
             threads = np.flatnonzero(left)
             turn = np.zeros_like(left)
             turn[threads[np.unique(where[threads], return_index=True)[1]]] = True
-            machine.shared.ordered = True
-            before = memory.load(where, size, 1, turn)[:, 0]
-            after = encode(t, ATOMIC[op](decode(t, before), *sources))
-            memory.store(where, after[:, None], turn)
-            machine.shared.ordered = False
+            with strong(machine, memory, order, turn) as pass_on:
+                before = memory.load(where, size, 1, turn)[:, 0]
+                after = encode(t, ATOMIC[op](decode(t, before), *sources))
+                memory.store(where, after[:, None], turn)
+                pass_on(where, reads=True, writes=True)
             old = np.where(turn, before, old)
             left &= ~turn
         write(old, mask)
