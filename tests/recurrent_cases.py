@@ -138,8 +138,8 @@ class RecurrentCase:
         states = states if self.state else [x.new_zeros(shape) for shape in shapes]
         return (x, inputs["batch_sizes"], *RecurrentTensors.of(self.weights()), *states, self.reverse)
 
-    def expected(self) -> tuple[Tensor, ...]:
-        """What run gives in float64, for the same rounded inputs."""
+    def expected(self, save: bool = False) -> tuple[Tensor, ...]:
+        """What run gives in float64, for the same rounded inputs; with `save` what is kept for the gradients too."""
 
         def double(value: Any) -> Any:
             if isinstance(value, list):
@@ -148,7 +148,8 @@ class RecurrentCase:
 
         arguments = [double(value) for value in self.arguments()]
         reference = lstm_reference if self.lstm else gru_reference
-        return reference(*arguments)[: 3 if self.lstm else 2]
+        results = reference(*arguments, save)
+        return results if save else results[: 3 if self.lstm else 2]
 
 
 _SMALL = RecurrentCase()

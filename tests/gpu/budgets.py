@@ -124,4 +124,40 @@ BUDGETS: dict[str, dict[str, tuple[int, int]]] = {
         "sm_100": (64, 33 * KIB),
         "gfx942": (144, 8 * KIB),
     },
+    "sparse_lstm step, columns float16": {
+        "sm_80": (96, 4 * KIB),
+        "sm_90": (80, 4 * KIB),
+        "sm_100": (80, 4 * KIB),
+        "gfx942": (88, 3 * KIB),
+    },
+    "sparse_lstm step, blocks bfloat16": {
+        "sm_80": (120, 9 * KIB),
+        "sm_90": (120, 9 * KIB),
+        "sm_100": (120, 9 * KIB),
+        "gfx942": (200, 4 * KIB),
+    },
+    "sparse_lstm step, one sequence float32": {
+        "sm_80": (120, 1 * KIB),
+        "sm_90": (128, 1 * KIB),
+        "sm_100": (128, 1 * KIB),
+        "gfx942": (104, 1 * KIB),
+    },
+    "sparse_lstm sequence, columns float16": {
+        "sm_80": (96, 4 * KIB),
+        "sm_90": (80, 4 * KIB),
+        "sm_100": (72, 4 * KIB),
+        "gfx942": (112, 3 * KIB),
+    },
+    "sparse_gru step, columns bfloat16": {
+        "sm_80": (80, 4 * KIB),
+        "sm_90": (80, 4 * KIB),
+        "sm_100": (72, 4 * KIB),
+        "gfx942": (80, 3 * KIB),
+    },
+    "sparse_gru sequence, blocks float32": {
+        "sm_80": (128, 17 * KIB),
+        "sm_90": (144, 17 * KIB),
+        "sm_100": (144, 17 * KIB),
+        "gfx942": (192, 8 * KIB),
+    },
 }

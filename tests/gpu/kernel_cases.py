@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import block_sparse_attention_rows
 import bsr_linear_rows
+import recurrent_rows
 from problems import Row
 
-ROWS: list[Row] = [*bsr_linear_rows.ROWS, *block_sparse_attention_rows.ROWS]
+ROWS: list[Row] = [*bsr_linear_rows.ROWS, *block_sparse_attention_rows.ROWS, *recurrent_rows.ROWS]
