@@ -97,8 +97,8 @@ def machine_code(row: Row, target: str) -> Iterator[dict[str, Any]]:
 
 
 def cuda_machine_code(target: str) -> Iterator[dict[str, Any]]:
-    """A line for each kernel of csrc/cuda; FLOPs are those of stored values, a warp of `few` takes a turn alone."""
-    for name, code in sorted(nvcc.machine_code(target).items()):
+    """A line for each kernel of nm_linear; FLOPs are those of stored values, a warp of `few` takes a turn alone."""
+    for name, code in sorted(nvcc.machine_code_of("nm_linear", target).items()):
         launch = nvcc.nm_linear_launch(name)
         shared, warps = code.shared + launch.shared_bytes, launch.threads // 32
         line = {"kernel": name, "target": target, "registers": code.registers, "shared bytes": shared, "warps": warps}

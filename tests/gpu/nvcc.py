@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sparsenlp import native_cuda
-from sparsenlp.ops import nm_linear_cuda
+from sparsenlp.ops import nm_linear_cuda, recurrent_cuda
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 NVCC = None if os.environ.get("SPARSENLP_CUDA") == "0" else shutil.which(os.environ.get("NVCC") or "nvcc")
@@ -71,6 +71,11 @@ def machine_code(target: str) -> dict[str, MachineCode]:
     return kernels
 
 
+def machine_code_of(op: str, target: str) -> dict[str, MachineCode]:
+    """`machine_code` of the kernels of one op."""
+    return {name: code for name, code in machine_code(target).items() if name.startswith(f"{op}_")}
+
+
 class CudaLaunch(ctypes.Structure):
     """struct CudaLaunch of csrc/cuda/export.h."""
 
@@ -101,4 +106,20 @@ def nm_linear_launch(name: str) -> CudaLaunch:
     launch = CudaLaunch()
     assert native_cuda.library().sparsenlp_nm_linear_plan(ctypes.byref(arguments), number, ctypes.byref(launch)) == 0
     assert launch.kernel.decode() == name
+    return launch
+
+
+class RecurrentLaunch(ctypes.Structure):
+    """struct RecurrentLaunch of csrc/cuda/recurrent.h."""
+
+    _fields_ = (*CudaLaunch._fields_, ("units", ctypes.c_int), ("capacity", ctypes.c_int))
+
+
+def recurrent_launch(
+    op: str, arguments: recurrent_cuda.Arguments, processors: int = 108, shared_bytes: int = 163 * 1024
+) -> RecurrentLaunch:
+    """How the library would launch the steps of `op` where there are so many multiprocessors; by default on an A100."""
+    launch, kernel = RecurrentLaunch(), recurrent_cuda.kernel_for(arguments.B)
+    plan = getattr(native_cuda.library(), f"sparsenlp_{op}_plan")
+    assert plan(ctypes.byref(arguments), kernel, processors, shared_bytes, ctypes.byref(launch)) == 0
     return launch
