@@ -12,8 +12,9 @@ from .. import native
 from ..formats import BlockSparse
 from ..formats.recurrent import RecurrentWeights
 from ..reference.recurrent import before, steps_of
+from . import recurrent_gpu
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "cuda", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -99,8 +100,10 @@ def check_gradients(op: str, scales: list[Tensor], *tensors: Tensor) -> None:
         raise RuntimeError(f"{op}: expected no gradients with int8 weights, got inputs that require them")
 
 
-def choose(op: str, x: Tensor, backend: str | None) -> str:
-    """The backend that will run, or RuntimeError if the one asked for cannot."""
+def choose(op: str, x: Tensor, h0: Tensor, hidden: int, values: list[Tensor], backend: str | None) -> str:
+    """The backend that will run, or RuntimeError if the one asked for cannot, or none for a GPU."""
+    if backend in recurrent_gpu.BACKENDS or (backend is None and x.is_cuda):
+        return recurrent_gpu.choose(op, x, h0, hidden, values, backend)
     runs = x.dtype in NATIVE_DTYPES and x.is_cpu
     if backend is None:
         return "native" if native.available and runs else "reference"

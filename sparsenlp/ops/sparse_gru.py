@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .. import native
 from ..formats.recurrent import RecurrentTensors, RecurrentWeights
 from ..reference import sparse_gru as reference
 from ..reference.recurrent import saved_dtype
+from . import recurrent_gpu
 from .recurrent import (
     batch_of,
     check_gradients,
@@ -43,7 +45,7 @@ def sparse_gru(
     state        (D, B, H) before the first step, dtype of x; None: zeros
     returns      y (T, B, D H) or (tokens, D H), h_n (D, B, H), of the dtype of x
 
-    batch_sizes, reverse, backend, int8, gradients and errors are those of `sparse_lstm`. The native kernels round sums
+    batch_sizes, reverse, backend, int8, gradients and errors are those of `sparse_lstm`. The kernels round sums
     and hidden states to the dtype of x.
     Source: Cho et al. 2014, arXiv:1406.1078, in the form of torch and cuDNN (reset after the product).
     """
@@ -67,28 +69,32 @@ def call(
     grad = torch.is_grad_enabled()
     if grad:
         check_gradients("sparse_gru", tensors.scales, x, h0, *tensors.biases)
-    if choose("sparse_gru", x, backend) == "reference":
+    chosen = choose("sparse_gru", x, h0, h0.shape[-1], tensors.values, backend)
+    if chosen == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return reference.sparse_gru(x, batch_sizes, *tensors, h0, reverse)[:2]
+    op = _persistent_op if chosen == "cuda" else _op
     if grad or torch.compiler.is_compiling():
         needed = any(t.requires_grad for t in (x, h0, *tensors.values, *tensors.biases))
-        return _op(x, batch_sizes, *tensors, h0, reverse, grad and needed)[:2]
+        return op(x, batch_sizes, *tensors, h0, reverse, grad and needed)[:2]
     with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd
-        return _op(x, batch_sizes, *tensors, h0, reverse, False)[:2]
+        return op(x, batch_sizes, *tensors, h0, reverse, False)[:2]
 
 
 _MATRICES = "Tensor[] crow_indices, Tensor[] col_indices, Tensor[] values"
-torch.library.define(
-    "sparsenlp::sparse_gru",
+_SCHEMA = (
     f"(Tensor x, Tensor? batch_sizes, {_MATRICES}, Tensor[] scales, Tensor[] biases, Tensor h0, "
-    "bool reverse=False, bool save=False) -> (Tensor y, Tensor h_n, Tensor gates)",
+    "bool reverse=False, bool save=False) -> (Tensor y, Tensor h_n, Tensor gates)"
 )
 torch.library.define(
     "sparsenlp::sparse_gru_backward",
     f"(Tensor grad_y, Tensor grad_h, Tensor? batch_sizes, {_MATRICES}, Tensor gates, Tensor y, Tensor h0, "
     "bool reverse=False) -> (Tensor grad_inputs, Tensor grad_states, Tensor grad_h0)",
 )
+for _name in ("sparse_gru", "sparse_gru_persistent"):  # the second by CUDA C++, for few sequences
+    torch.library.define(f"sparsenlp::{_name}", _SCHEMA)
 _op = torch.ops.sparsenlp.sparse_gru.default
+_persistent_op = torch.ops.sparsenlp.sparse_gru_persistent.default
 _backward_op = torch.ops.sparsenlp.sparse_gru_backward.default
 
 if not native.available:
@@ -96,7 +102,33 @@ if not native.available:
     torch.library.impl("sparsenlp::sparse_gru_backward", "cpu", reference.sparse_gru_backward)
 
 
+def _on_gpu(
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    crow_indices: list[Tensor],
+    col_indices: list[Tensor],
+    values: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    h0: Tensor,
+    reverse: bool = False,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    matrices = (crow_indices, col_indices, values)
+    y, h_n, _, gates, _ = recurrent_gpu.layer(
+        backend, "sparse_gru", x, batch_sizes, *matrices, biases, h0, None, reverse, save
+    )
+    return y, h_n, gates
+
+
+torch.library.impl("sparsenlp::sparse_gru", "cuda", partial(_on_gpu, "triton"))
+torch.library.impl("sparsenlp::sparse_gru_persistent", "cuda", partial(_on_gpu, "cuda"))
+torch.library.impl("sparsenlp::sparse_gru_backward", "cuda", reference.sparse_gru_backward)
+
+
 @torch.library.register_fake("sparsenlp::sparse_gru")
+@torch.library.register_fake("sparsenlp::sparse_gru_persistent")
 def _fake(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -155,4 +187,5 @@ def _backward(ctx: Any, grad_y: Tensor, grad_h: Tensor, *_: Any) -> tuple:
     return grad_x.reshape(x.shape), None, none, none, grad_values, [], grad_biases, grad_h0, None, None
 
 
-torch.library.register_autograd("sparsenlp::sparse_gru", _backward, setup_context=_setup_context)
+for _name in ("sparse_gru", "sparse_gru_persistent"):
+    torch.library.register_autograd(f"sparsenlp::{_name}", _backward, setup_context=_setup_context)

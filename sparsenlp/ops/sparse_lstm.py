@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .. import native
 from ..formats.recurrent import RecurrentTensors, RecurrentWeights
 from ..reference import sparse_lstm as reference
 from ..reference.recurrent import saved_dtype
+from . import recurrent_gpu
 from .recurrent import (
     batch_of,
     check_gradients,
@@ -43,13 +45,17 @@ def sparse_lstm(
     state        (h, c) before the first step, (D, B, P) and (D, B, H), dtype of x; None: zeros
     batch_sizes  (T,) int64 on the CPU: sequences that reach each step; they never grow
     reverse      the first direction begins at the last step. A second one always takes the other way
-    backend      None chooses: "native" for float32 and bfloat16 x on a CPU where the extension is built, else
-                 "reference". A named backend runs or raises RuntimeError.
+    backend      None chooses: on a GPU "cuda" for at most 8 sequences where the CUDA library is built, else "triton";
+                 on a CPU "native" for float32 and bfloat16 x where the extension is built, else "reference".
+                 The GPU's take float32, float16 and bfloat16, weights that are not int8, recurrent ones in blocks
+                 whose height divides H, and no projection. What they do not take raises RuntimeError: dense products
+                 on a GPU have to be asked for. So does a named backend that cannot run.
     returns      y (T, B, D P) or (tokens, D P), (h_n (D, B, P), c_n (D, B, H)), of the dtype of x
 
-    The native kernels round sums and hidden states to the dtype of x, and keep cells in float32 between the steps.
+    The kernels round sums and hidden states to the dtype of x, and keep cells in float32 between the steps.
     int8: x and the hidden state of each step are rounded with a scale for each token, as in bsr_linear.
     Differentiable in x, values, biases and states, values at stored blocks only; once, and not with int8 weights.
+    On a GPU the gradients go back through the steps by dense products with W_hh; those of x and weights by bsr_linear.
 
     Raises TypeError if dtypes differ, ValueError if shapes, devices or batch_sizes disagree or there is no step,
     RuntimeError if gradients through int8 are asked for.
@@ -77,28 +83,32 @@ def call(
     grad = torch.is_grad_enabled()
     if grad:
         check_gradients("sparse_lstm", tensors.scales, x, h0, c0, *tensors.biases)
-    if choose("sparse_lstm", x, backend) == "reference":
+    chosen = choose("sparse_lstm", x, h0, c0.shape[-1], tensors.values, backend)
+    if chosen == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return reference.sparse_lstm(x, batch_sizes, *tensors, h0, c0, reverse)[:3]
+    op = _persistent_op if chosen == "cuda" else _op
     if grad or torch.compiler.is_compiling():
         needed = any(t.requires_grad for t in (x, h0, c0, *tensors.values, *tensors.biases))
-        return _op(x, batch_sizes, *tensors, h0, c0, reverse, grad and needed)[:3]
+        return op(x, batch_sizes, *tensors, h0, c0, reverse, grad and needed)[:3]
     with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd
-        return _op(x, batch_sizes, *tensors, h0, c0, reverse, False)[:3]
+        return op(x, batch_sizes, *tensors, h0, c0, reverse, False)[:3]
 
 
 _MATRICES = "Tensor[] crow_indices, Tensor[] col_indices, Tensor[] values"
-torch.library.define(
-    "sparsenlp::sparse_lstm",
+_SCHEMA = (
     f"(Tensor x, Tensor? batch_sizes, {_MATRICES}, Tensor[] scales, Tensor[] biases, Tensor h0, Tensor c0, "
-    "bool reverse=False, bool save=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+    "bool reverse=False, bool save=False) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
 torch.library.define(
     "sparsenlp::sparse_lstm_backward",
     f"(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor? batch_sizes, {_MATRICES}, Tensor gates, Tensor cells, "
     "Tensor c0, bool reverse=False) -> (Tensor grad_sums, Tensor grad_outputs, Tensor grad_h0, Tensor grad_c0)",
 )
+for _name in ("sparse_lstm", "sparse_lstm_persistent"):  # the second by CUDA C++, for few sequences
+    torch.library.define(f"sparsenlp::{_name}", _SCHEMA)
 _op = torch.ops.sparsenlp.sparse_lstm.default
+_persistent_op = torch.ops.sparsenlp.sparse_lstm_persistent.default
 _backward_op = torch.ops.sparsenlp.sparse_lstm_backward.default
 
 if not native.available:
@@ -106,7 +116,35 @@ if not native.available:
     torch.library.impl("sparsenlp::sparse_lstm_backward", "cpu", reference.sparse_lstm_backward)
 
 
+def _on_gpu(
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    crow_indices: list[Tensor],
+    col_indices: list[Tensor],
+    values: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    h0: Tensor,
+    c0: Tensor,
+    reverse: bool = False,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    matrices = (crow_indices, col_indices, values)
+    y, h_n, c_n, gates, cells = recurrent_gpu.layer(
+        backend, "sparse_lstm", x, batch_sizes, *matrices, biases, h0, c0, reverse, save
+    )
+    assert c_n is not None
+    return y, h_n, c_n, gates, cells
+
+
+torch.library.impl("sparsenlp::sparse_lstm", "cuda", partial(_on_gpu, "triton"))
+torch.library.impl("sparsenlp::sparse_lstm_persistent", "cuda", partial(_on_gpu, "cuda"))
+torch.library.impl("sparsenlp::sparse_lstm_backward", "cuda", reference.sparse_lstm_backward)
+
+
 @torch.library.register_fake("sparsenlp::sparse_lstm")
+@torch.library.register_fake("sparsenlp::sparse_lstm_persistent")
 def _fake(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -183,4 +221,5 @@ def _backward(ctx: Any, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, *_: Any)
     return grad_x.reshape(x.shape), None, none, none, grad_values, [], grad_biases, grad_h0, grad_c0, None, None
 
 
-torch.library.register_autograd("sparsenlp::sparse_lstm", _backward, setup_context=_setup_context)
+for _name in ("sparse_lstm", "sparse_lstm_persistent"):
+    torch.library.register_autograd(f"sparsenlp::{_name}", _backward, setup_context=_setup_context)

@@ -177,7 +177,7 @@ OWN = CASE.weights()[0]
         ({"state": torch.zeros(1, 3, 31)}, ValueError, r"expected h of shape \(1, 3, 32\) on cpu, got \(1, 3, 31\)"),
         ({"state": torch.zeros(2, 3, 32)}, ValueError, r"expected h of shape \(1, 3, 32\)"),
         ({"state": torch.zeros(1, 3, 32).double()}, TypeError, "expected h of dtype torch.float32, got torch.float64"),
-        ({"backend": "cudnn"}, ValueError, "expected a backend among native, reference, got 'cudnn'"),
+        ({"backend": "cudnn"}, ValueError, "expected a backend among native, triton, cuda, reference, got 'cudnn'"),
     ],
 )
 def test_errors(arguments, error, message):

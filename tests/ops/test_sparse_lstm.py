@@ -188,7 +188,7 @@ OWN = CASE.weights()[0]
         ({"state": (torch.zeros(1, 3, 31), torch.zeros(1, 3, 32))}, ValueError, r"expected h of shape \(1, 3, 32\)"),
         ({"state": (torch.zeros(1, 3, 32), torch.zeros(1, 2, 32))}, ValueError, r"expected c of shape \(1, 3, 32\)"),
         ({"state": (torch.zeros(1, 3, 32), torch.zeros(1, 3, 32).double())}, TypeError, "expected c of dtype"),
-        ({"backend": "cudnn"}, ValueError, "expected a backend among native, reference, got 'cudnn'"),
+        ({"backend": "cudnn"}, ValueError, "expected a backend among native, triton, cuda, reference, got 'cudnn'"),
     ],
 )
 def test_errors(arguments, error, message):
