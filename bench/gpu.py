@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("bsr_linear", "nm_linear", "block_sparse_attention")
+OPS = ("bsr_linear", "nm_linear", "block_sparse_attention", "sparse_lstm")
 SECONDS = 590.0
 TAIL = 40  # lines of its output that a failed part leaves in the record
 OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
@@ -91,8 +91,8 @@ def parts() -> list[Part]:
     timings = [*python, "bench/gpu_timings.py"]
     return [
         Part("build: CUDA library", 70, [*setup, "build_ext", "--inplace"], without_cpu, why_skipped=no_nvcc),
-        *(Part(f"test: {op}", 65, [*test, f"tests/hardware/test_{op}_on_gpu.py"], read=read_tests) for op in OPS),
-        *(Part(f"time: {op}", 50, [*timings, op], read=read_rows) for op in OPS),
+        *(Part(f"test: {op}", 48, [*test, f"tests/hardware/test_{op}_on_gpu.py"], read=read_tests) for op in OPS),
+        *(Part(f"time: {op}", 38, [*timings, op], read=read_rows) for op in OPS),
         Part("memcheck", 45, [*check, "memcheck", *small], uncached, read_tests, no_sanitizer),
         Part("racecheck", 45, [*check, "racecheck", *small], {}, read_tests, no_sanitizer),
         Part("build: extension", 80, [*setup, "build_clib", "build_ext", "--inplace"], {"SPARSENLP_CUDA": "0"}),

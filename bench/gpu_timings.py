@@ -1,6 +1,6 @@
 """Times of one op's kernels on a GPU, beside what torch has for the same work; a line of JSON for each cell.
 
-    python bench/gpu_timings.py bsr_linear | nm_linear | block_sparse_attention
+    python bench/gpu_timings.py bsr_linear | nm_linear | block_sparse_attention | sparse_lstm
 
 `make gpu` (bench/gpu.py) runs it. The candidates of a cell take the same inputs, and each result is checked before it
 is timed; one that fails is recorded with its error. CUDA events around each call, candidates in turn. Before a call
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from sparsenlp import BlockSparse
 from sparsenlp.formats import NM, BlockMask
-from sparsenlp.ops import block_sparse_attention, bsr_linear, nm_linear
+from sparsenlp.formats.recurrent import RecurrentWeights
+from sparsenlp.ops import block_sparse_attention, bsr_linear, nm_linear, sparse_lstm
 from sparsenlp.ops.nm_linear import pack
 
 ROUNDS = 30
@@ -43,6 +44,9 @@ class Sizes:
     sparsities: tuple[float, ...] = (0.75, 0.9)
     blocks: tuple[tuple[int, int], ...] = ((64, 64), (8, 1))
     windows: tuple[tuple[int, int], ...] = ((1024, 128), (4096, 512), (8192, 512))  # length, keys on the left
+    units: tuple[int, ...] = (256, 1024)  # of an LSTM
+    sequences: tuple[int, ...] = (1, 8, 256)
+    steps: int = 64
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -259,10 +263,51 @@ def attention_cell(labels: dict[str, Any], mask: BlockMask, left: int, backward:
     )
 
 
+def sparse_lstm_cells(sizes: Sizes, device: str) -> Iterator[Cell]:
+    for units in sizes.units:
+        for sparsity in sizes.sparsities:
+            weights = RecurrentWeights(*(random_gates(units, sparsity, sizes.dtype, device) for _ in range(2)))
+            for sequences in sizes.sequences:
+                labels = {"units": units, "sequences": sequences, "steps": sizes.steps, "block": "8x1"}
+                yield lstm_cell(labels | {"sparsity": sparsity, "pass": "forward"}, weights, sequences, sizes)
+
+
+def random_gates(units: int, sparsity: float, dtype: torch.dtype, device: str) -> BlockSparse:
+    mask = (torch.rand(units // 2, units) >= sparsity).repeat_interleave(8, 0)
+    dense = torch.randn(4 * units, units) * mask / (units * (1 - sparsity)) ** 0.5
+    return BlockSparse.from_dense(dense.to(dtype), (8, 1), mask).to(device)
+
+
+def lstm_cell(labels: dict[str, Any], weights: RecurrentWeights, sequences: int, sizes: Sizes) -> Cell:
+    dense = [matrix.to_dense() for matrix in weights.matrices]
+    device, units = str(dense[0].device), dense[0].shape[1]
+    x = normal(sizes.steps, sequences, units, device=device).to(sizes.dtype)
+    states = [x.new_zeros(1, sequences, units) for _ in range(2)]
+
+    def torch_lstm(x: Tensor, states: list[Tensor], dense: list[Tensor]) -> Tensor:
+        return torch.lstm(x, states, dense, False, 1, 0.0, False, False, False)[0]
+
+    def ours(backend: str | None) -> Callable[[], Step]:
+        return lambda: lambda: sparse_lstm(x, [weights], backend=backend)[0]
+
+    backends = ("triton", "cuda") if x.is_cuda else ()
+    full = [t.float() for t in (x, *states, *dense)]
+    return Cell(
+        labels,
+        {
+            "sparse_lstm": ours(None),
+            **{f"sparse_lstm {backend}": ours(backend) for backend in backends},
+            "cuDNN": lambda: partial(torch_lstm, x, states, dense),
+        },
+        torch_lstm(full[0], full[1:3], full[3:]),
+    )
+
+
 CELLS = {
     "bsr_linear": bsr_linear_cells,
     "nm_linear": nm_linear_cells,
     "block_sparse_attention": block_sparse_attention_cells,
+    "sparse_lstm": sparse_lstm_cells,
 }
 
 

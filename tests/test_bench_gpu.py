@@ -20,7 +20,14 @@ import gpu_timings  # noqa: E402
 from harness import print_table, write_record  # noqa: E402
 
 TINY = gpu_timings.Sizes(
-    layers=((128, 128),), tokens=(1, 128), sparsities=(0.5,), blocks=((16, 16),), windows=((128, 32),)
+    layers=((128, 128),),
+    tokens=(1, 128),
+    sparsities=(0.5,),
+    blocks=((16, 16),),
+    windows=((128, 32),),
+    units=(16,),
+    sequences=(1, 9),
+    steps=3,
 )
 
 
@@ -112,7 +119,7 @@ def test_cells(op):
     for cell in gpu_timings.CELLS[op](TINY, "cpu"):
         here = {name: build for name, build in cell.candidates.items() if name not in ("FlexAttention", "torch BSR")}
         rows.append(gpu_timings.measure(op, replace(cell, candidates=here), fake_timer))
-    assert len(rows) == {"bsr_linear": 4, "nm_linear": 2, "block_sparse_attention": 2}[op]
+    assert len(rows) == {"bsr_linear": 4, "nm_linear": 2, "block_sparse_attention": 2, "sparse_lstm": 2}[op]
     for row in rows:
         assert set(row.get("errors", {})) <= {"cuSPARSELt", "CUTLASS"}
         assert row["us"][op]["median"] == pytest.approx(15)
