@@ -202,7 +202,7 @@ def test_prune_refuses_a_class_that_is_only_tested(files, tmp_path):
     train = tmp_path / "train.csv"
     train.write_text("text,label\ngood1,good\n", encoding="utf-8")
     message = failure("prune", files / "model", tmp_path / "out", "--data", train, "--test", files / "test.csv")
-    assert message == "labels: expected training texts of every class, got none of bad"
+    assert message == 'labels: expected one of good, got "bad" in row 1'
 
 
 def test_prune_refuses_outputs_that_would_destroy_something(files, tmp_path):

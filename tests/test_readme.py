@@ -13,11 +13,12 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_example_runs_when_pasted(tmp_path):
+def test_examples_run_when_pasted(tmp_path):
     pytest.importorskip("transformers")
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2
     result = subprocess.run(
-        [sys.executable, "-c", example],
+        [sys.executable, "-c", "\n".join(examples)],
         cwd=tmp_path,
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,

@@ -47,7 +47,7 @@ class Direction(NamedTuple):
 
 
 class RunSteps(Protocol):
-    def __call__(self, op: str, direction: Direction) -> None: ...
+    def __call__(self, what: str, direction: Direction) -> None: ...
 
 
 def table_of_steps(sizes: list[int], reverse: bool, device: torch.device) -> Tensor:
@@ -58,7 +58,7 @@ def table_of_steps(sizes: list[int], reverse: bool, device: torch.device) -> Ten
     return torch.cat([rows, rows.new_zeros(1, 2)]).to(device, torch.int32)
 
 
-def triton_steps(op: str, direction: Direction) -> None:
+def triton_steps(what: str, direction: Direction) -> None:
     triton_kernels.load("recurrent", direction.inputs).recurrent(*direction)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.structure import select_lines_
-from .checks import check_choice, check_numbers, check_own
+from .checks import check_choice, check_numbers, check_own, check_unmasked
 from .structured import REDUCTIONS, reduce_scores
 
 GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
@@ -56,6 +56,7 @@ def remove_units_(
     weights that are masked or shared between modules; AttributeError for an unknown name.
     """
     module: Any = model.get_submodule(name)
+    check_unmasked("remove_units_", name, module)
     if type(module) not in GATES:
         raise ValueError(f"remove_units_: expected {name} to be an nn.LSTM, nn.GRU or nn.RNN, got {_kind(module)}")
     cells = _cells(module)
@@ -96,6 +97,7 @@ def remove_filters_(
     convolution, and as `remove_units_`.
     """
     module: Any = model.get_submodule(name)
+    check_unmasked("remove_filters_", name, module)
     if type(module) is not nn.Conv1d:
         raise ValueError(f"remove_filters_: expected {name} to be an nn.Conv1d, got {_kind(module)}")
     check_numbers("remove_filters_", "filters", filters, module.out_channels)

@@ -37,6 +37,12 @@ def remaining(what: str, kind: str, removed: Sequence[int], count: int) -> Tenso
     return stay.nonzero().flatten()
 
 
+def check_unmasked(what: str, name: str, module: nn.Module) -> None:
+    """Raise ValueError if a weight of the module called `name` is masked."""
+    if any(map(is_masked, module.modules())):
+        raise ValueError(f"{what}: expected masks burned in (finalize_), got a mask on {name}")
+
+
 def check_own(what: str, model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Raise ValueError if the weights of one of these parts of `model` are masked, or shared with another module."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -44,7 +50,6 @@ def check_own(what: str, model: nn.Module, modules: Iterable[nn.Module]) -> None
     names = {module: name for name, module in model.named_modules()}
     for module in modules:
         name = names[module]
-        if is_masked(module):
-            raise ValueError(f"{what}: expected masks burned in (finalize_), got a mask on {name}")
+        check_unmasked(what, name, module)
         if places[id(module)] > 1 or any(owners[id(p)] > 1 for p in module.parameters()):
             raise ValueError(f"{what}: expected weights of its own in {name}, got weights shared with another module")

@@ -198,7 +198,7 @@ def test_other_refusals():
         remove_filters_(model, "convs.0", [0], {"fc": 0})
     model = TextCNN()
     prune_(model, Unstructured(), 0.5)
-    with pytest.raises(ValueError, match=r"expected masks burned in .*, got a mask on fc"):
+    with pytest.raises(ValueError, match=r"expected masks burned in .*, got a mask on convs.0"):
         remove_filters_(model, "convs.0", [0], {"fc": 0})
     model = TextCNN()
     model.other = model.fc
