@@ -18,11 +18,12 @@ class Problem:
 
     launches: list[Any]  # as launches.py describes them
     outputs: list[Tensor]  # NaN before
-    expected: list[Tensor]  # float64
+    expected: list[Tensor]  # float64, of outputs, then of what is updated
     tolerance: dict[str, float]
+    updated: tuple[Tensor, ...] = ()  # read, then written
 
     def check(self) -> None:
-        for output, expected in zip(self.outputs, self.expected, strict=True):
+        for output, expected in zip([*self.outputs, *self.updated], self.expected, strict=True):
             torch.testing.assert_close(output.double(), expected, **self.tolerance)
 
 

@@ -40,7 +40,7 @@ def steps(case: RecurrentCase, whole: bool) -> Callable[[str, str], Problem]:
         y, h_n, *others = case.expected(save=True)
         expected = [y.flatten(0, -2), h_n[0], others[-2 if case.lstm else -1][0]]
         expected += [others[-1][0], others[0][0]] if case.lstm else []
-        return Problem(launches, outputs + ([c] if c is not None else []), expected, case.tolerance)
+        return Problem(launches, outputs, expected, case.tolerance, () if c is None else (c,))
 
     return build
 

@@ -41,7 +41,7 @@ CASES = [
     (replace(ONE, op="sparse_gru", dtype=HALF), 8, SHARED),
     (replace(ONE, op="sparse_gru", dtype=BFLOAT16), 8, SHARED),
 ]
-ADVERSARIAL = [CASES[0], CASES[10]]
+ADVERSARIAL = [CASES[0], (replace(ONE, op="sparse_gru", dtype=HALF, hidden=16), 8, SHARED)]
 BUGS = {
     1: "counts itself in before all its warps have written",
     2: "counts itself in without a release",
@@ -174,8 +174,8 @@ def test_a_state_too_large_for_shared_memory_is_refused():
     assert not nvcc.recurrent_launch("sparse_lstm", arguments_of(1024, 8, FLOAT32), 108, 40 * 1024).blocks
 
 
-# registers; no more than let two blocks of 256 threads run on a multiprocessor
-BUDGETS = {"one": 128, "few": 128}
+# registers; one block of 256 threads on a multiprocessor is enough, as its weights fill the shared memory
+BUDGETS = {"one": 128, "few": 144}
 
 
 @pytest.mark.skipif(nvcc.cuobjdump() is None, reason="cuobjdump is neither on the PATH nor in a wheel of Triton")
