@@ -77,7 +77,7 @@ def simulate(launch: Any, schedule: ptx.LockStep | ptx.Adversarial | None = None
     arguments += [scratch] * (len(ptx.parse(text, name).parameters) - len(arguments))
     grid = launch.programs if isinstance(launch.programs, tuple) else (launch.programs,)
     block = (32 * compiled.metadata.num_warps,)
-    return ptx.run(text, name, grid, block, arguments, compiled.metadata.shared, schedule)
+    return ptx.run(text, name, grid, block, arguments, compiled.metadata.shared, schedule, cooperative=True)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
