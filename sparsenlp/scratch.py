@@ -1,4 +1,4 @@
-"""A new model of words for labelled texts: its tokenizer, its word vectors, its configuration."""
+"""New models of words: a tokenizer, word vectors, a configuration; for labelled texts `new_classifier`."""
 
 from __future__ import annotations
 
@@ -46,37 +46,64 @@ def new_classifier(
     and options that its configuration does not have or take; as `word_tokenizer` and `load_word_vectors` too.
     """
     row = _row(name, texts)
-    config_class, model_class = row.classes()
+    tokenizer = word_tokenizer([*texts.texts, *(texts.text_pairs or ())], pairs=row.pairs)
+    names = dict(enumerate(texts.label_names))
+    given = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+    return build(name, tokenizer, ("pad",), given, options, embeddings, seed)
+
+
+def build(
+    name: str,
+    tokenizer: Any,
+    special: Sequence[str],
+    given: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    embeddings: str | Path | None,
+    seed: int,
+) -> NewModel:
+    """Build the model `name` of OWN for the words of a tokenizer.
+
+    special  tokens that its configuration wants to know: "pad", "bos", "eos"
+    given    fields of the configuration that follow from the texts; the rest as in `new_classifier`
+    """
+    config_class, model_class = OWN[name].classes()
+    given = {
+        **given,
+        **{f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in special},
+        "vocab_size": len(tokenizer),
+    }
     options = {**(options or {})}
-    known = _options_of(config_class)
+    known = [field for field in _fields_of(config_class) if field not in given]
     for field in options:
         if field not in known:
             raise ValueError(f"{name}: expected options among {', '.join(known)}, got {field}")
-    tokenizer = word_tokenizer([*texts.texts, *(texts.text_pairs or ())], pairs=row.pairs)
     vectors = None
     if embeddings is not None:
         vectors = load_word_vectors(embeddings, tokenizer, options.get("embedding_size"), seed)
         options["embedding_size"] = vectors.table.shape[1]
-    config = _configure(name, config_class, tokenizer, texts.label_names, options)
+    config = _configure(name, config_class, {**given, **options})
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = model_class(config).eval()
     if vectors is not None:
         with torch.no_grad():
-            model.get_input_embeddings().weight.copy_(vectors.table)
+            for table in word_tables(model):
+                table.weight.copy_(vectors.table)
     return NewModel(model, tokenizer, vectors)
 
 
-def _configure(
-    name: str, config_class: Any, tokenizer: Any, label_names: Sequence[str], options: Mapping[str, Any]
-) -> Any:
+def word_tables(model: Any) -> list[nn.Embedding]:
+    """The embeddings of words: of an encoder-decoder both."""
+    if not model.config.is_encoder_decoder:
+        return [model.get_input_embeddings()]
+    return [module for module in model.modules() if isinstance(module, nn.Embedding)]
+
+
+def _configure(name: str, config_class: Any, settings: Mapping[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
-    names = dict(enumerate(label_names))
-    labels = {"id2label": names, "label2id": {label: i for i, label in names.items()}}
-    known = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **labels}
     try:
-        return config_class(**known, **options)
+        return config_class(**settings)
     except StrictDataclassError as error:
         raise ValueError(f"{name}: {error.__cause__ or error}") from None
 
@@ -94,9 +121,9 @@ def _row(name: str, texts: TextDataset) -> OwnModel:
     return row
 
 
-def _options_of(config_class: Any) -> list[str]:
-    """Fields of a configuration that are ours and do not follow from the texts."""
+def _fields_of(config_class: Any) -> list[str]:
+    """Fields of a configuration that are not of every configuration."""
     from transformers import PreTrainedConfig
 
-    others = {field.name for field in fields(PreTrainedConfig)} | {"vocab_size", "pad_token_id"}
+    others = {field.name for field in fields(PreTrainedConfig)}
     return [field.name for field in fields(config_class) if field.name not in others]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .data import TokenizedDataset, load_word_vectors, sorted_batches, token_windows, word_tokenizer
+from .data import TokenizedDataset, sorted_batches, token_windows, word_tokenizer
 from .data.token_labels import predicted_windows, sequence_pairs
 from .data.vocabulary import vocabulary_tokenizer
-from .models.own import OWN
 from .modes import evaluating
+from .scratch import build
 
 BEGIN, END = "[BOS]", "[EOS]"
 SPECIAL = {"bos_token": BEGIN, "eos_token": END}
+SPECIAL_IDS = ("pad", "bos", "eos")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def new_language_model(
     """
     tokenizer = character_tokenizer(texts) if characters else word_tokenizer(texts, special=SPECIAL)
     data = predicted_windows(text_windows(texts, tokenizer, window, seed))
-    return NewSequenceModel(_new("lstm-lm", tokenizer, seed, options, embeddings), tokenizer, data)
+    model = build("lstm-lm", tokenizer, SPECIAL_IDS, {}, options, embeddings, seed).model
+    return NewSequenceModel(model, tokenizer, data)
 
 
 def new_encoder_decoder(
@@ -75,8 +76,8 @@ def new_encoder_decoder(
     ends = [(END, tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=ends)
     data = sequence_pairs(sources, targets, tokenizer, tokenizer, max_length)
-    start = {"decoder_vocab_size": len(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id}
-    model = _new("seq2seq", tokenizer, seed, {**start, **(options or {})}, embeddings)
+    given = {"decoder_vocab_size": len(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id}
+    model = build("seq2seq", tokenizer, SPECIAL_IDS, given, options, embeddings, seed).model
     return NewSequenceModel(model, tokenizer, data)
 
 
@@ -107,24 +108,3 @@ def answers(model: Any, tokenizer: Any, sources: Sequence[str], batch_size: int 
             for i, text in zip(indices, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
                 found[i] = text
     return found
-
-
-def _new(
-    name: str, tokenizer: Any, seed: int, options: Mapping[str, Any] | None, embeddings: str | Path | None
-) -> nn.Module:
-    config_class, model_class = OWN[name].classes()
-    options = {**(options or {})}
-    if unknown := options.keys() - {field.name for field in fields(config_class)}:
-        raise ValueError(f"{name}: expected options of {config_class.__name__}, got {min(unknown)}")
-    if embeddings is not None:
-        table = load_word_vectors(embeddings, tokenizer, options.get("embedding_size"), seed).table
-        options["embedding_size"] = table.shape[1]
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        model = model_class(config_class(vocab_size=len(tokenizer), **ids, **options)).eval()
-    if embeddings is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                module.weight.data.copy_(table)
-    return model

@@ -58,7 +58,7 @@ def test_a_language_model_learns_its_texts(pairs, tmp_path):
     ("arguments", "message"),
     [
         (("--model", "seq2seq"), "seq2seq: expected --text-pair-column, the column of the targets, got none"),
-        (("--model", "lstm-lm", "--option", "layers=2"), "lstm-lm: expected options of LstmLmConfig, got layers"),
+        (("--model", "lstm-lm", "--option", "layers=2"), "lstm-lm: expected options among embedding_size"),
         (("--model", "lstm-lm", "--text-column", "none"), 'expected a column "none"'),
         (("--model", "seq2seq", "--data", "rotten_tomatoes", "--text-pair-column", "x"), "expected a file of sources"),
     ],
