@@ -191,7 +191,7 @@ def test_gradcheck():
         y, lse = block_sparse_attention(query, key, value, a["mask"], a["key_mask"], return_lse=True)
         return y, lse.masked_fill(lse.isinf(), 0)
 
-    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
