@@ -60,13 +60,16 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """model.named_modules(), and after each layer of torch that could be split its matrices, as if it were.
 
     Those are nn.Linear views: they share Parameters (and their gradients) with the layer, but the model does not call
-    them, so a mask or a hook on one does nothing. For these `splitting` comes first. A convolution's is a copy.
+    them, so a mask or a hook on one does nothing. For these `splitting` comes first. A convolution's is a copy, whose
+    weight takes no gradient.
     """
     composites = _composites(model)
     for name, module in model.named_modules():
         yield name, module
         if module in composites:
             for own, view in split(module).matrices.items():
+                if type(module) is nn.Conv1d:
+                    view.weight.requires_grad_(False)
                 yield f"{name}.{own}", view
 
 

@@ -30,8 +30,11 @@ def proximal_step_(layers: Mapping[str, nn.Linear], pattern: Pattern, strength: 
         prune_(model, Block(8, 1), 0.8, "relative", scope="global")
 
     Raises ValueError, with nothing changed, for a strength below zero or not finite, a pattern other
-    than these two and a shape that it does not divide. Source: Parikh & Boyd 2014, "Proximal
-    Algorithms", 6.5; groups and their sqrt(size): Yuan & Lin 2006; blocks: Wen et al. 2016, arXiv:1608.03665.
+    than these two, a shape that it does not divide, and a weight that takes no gradient, as `prunable` returns for an
+    nn.Conv1d, whose weight is in another order (`layers.composite.split_composites_` first).
+
+    Source: Parikh & Boyd 2014, "Proximal Algorithms", 6.5; groups and their sqrt(size): Yuan & Lin 2006; blocks: Wen et
+    al. 2016, arXiv:1608.03665.
     """
     if not 0 <= strength < math.inf:
         raise ValueError(f"proximal_step_: expected a finite strength >= 0, got {strength}")
@@ -43,6 +46,11 @@ def proximal_step_(layers: Mapping[str, nn.Linear], pattern: Pattern, strength: 
         raise ValueError(f"proximal_step_: expected single weights or blocks, got pattern {pattern}")
     weights = {id(weight): (name, weight) for name, weight in ((n, trainable_weight(m)) for n, m in layers.items())}
     for name, weight in weights.values():
+        if not weight.requires_grad:
+            raise ValueError(
+                f"proximal_step_: expected weights that are trained, got {name}, which takes no gradient (of "
+                "an nn.Conv1d this is a copy: call split_composites_ of sparsenlp.layers.composite first)"
+            )
         try:
             pattern.check(tuple(weight.shape))
         except ValueError as error:

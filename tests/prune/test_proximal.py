@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsenlp.layers.composite import join_composites_, split_composites_
 from sparsenlp.prune import NM, Block, Unstructured, proximal_step_, prunable, prune_, sparsity_of
 
 
@@ -118,3 +119,13 @@ def test_errors_change_nothing(pattern, strength, message):
     with pytest.raises(ValueError, match=f"proximal_step_: {message}"):
         proximal_step_(layers, pattern, strength)
     assert all((layer.weight == 1).all() for layer in layers.values())
+
+
+def test_a_copy_of_a_convolution_is_refused_and_its_split_weight_is_not():
+    """The copy that `prunable` gives for nn.Conv1d would take the step and leave the model as it was."""
+    model = nn.Sequential(nn.Conv1d(4, 8, 3))
+    with pytest.raises(ValueError, match=r"expected weights that are trained, got 0\.filters, which takes no gradient"):
+        proximal_step_(prunable(model), Unstructured(), 10.0)
+    split_composites_(model)
+    proximal_step_(prunable(model), Unstructured(), 10.0)
+    assert not join_composites_(model)[0].weight.any()
