@@ -110,7 +110,8 @@ def train(
     state.parent.rmdir()
     print_table(quality_cells({model: quality}), f"{quality.examples} test examples")
     say(f"saved: {output}")
-    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}")
+    pair = f" --text-pair-column {text_pair_column}" if text_pair_column else ""
+    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{pair}")
 
 
 def _option(text: str) -> tuple[str, Any]:

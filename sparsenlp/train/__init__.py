@@ -8,6 +8,7 @@ from .incremental import IncrementalConfig, IncrementalLog, Round, prune_increme
 from .loop import StepInfo, TrainingLog
 from .perplexity import masked_perplexity, perplexity
 from .recover import recover, training_texts
+from .sequences import SequenceRecoveryConfig, recover_sequences, train_sequences
 from .validation import Evaluation
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PruningConfig",
     "RecoveryConfig",
     "Round",
+    "SequenceRecoveryConfig",
     "StepInfo",
     "TrainingLog",
     "accuracy",
@@ -31,5 +33,7 @@ __all__ = [
     "predict",
     "prune_incrementally",
     "recover",
+    "recover_sequences",
+    "train_sequences",
     "training_texts",
 ]
