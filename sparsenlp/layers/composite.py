@@ -69,7 +69,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if module in composites:
             for own, view in split(module).matrices.items():
                 if type(module) is nn.Conv1d:
-                    view.weight.requires_grad_(False)
+                    cast(nn.Linear, view).weight.requires_grad_(False)
                 yield f"{name}.{own}", view
 
 
