@@ -11,7 +11,7 @@ layers dropped, one sparsity for all layers. Each task, method and seed is a cel
 that is interrupted leaves all cells but that one. Then all models of a task and seed are converted and timed in turn.
 
 Writes accuracy.json after every cell and accuracy.png at the end. Accuracies do not depend on the machine's load;
-seconds and latencies do. Needs the packages of sparsenlp/data/demo.py, and for supersense WordNet's data.noun.
+latencies do. Needs the packages of sparsenlp/data/demo.py, and for supersense WordNet's data.noun.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def task_table(task: str, record: dict[str, Any]) -> Table:
     table = Table(title=f"{what}; always the majority: {majority:.1%}")
     table.add_column("model")
     latency = settings_of(record["results"])
-    titles = ("seeds", "zeros", "accuracy %", "points lost", "agreement %", "KL to dense", "seconds")
+    titles = ("seeds", "zeros", "accuracy %", "points lost", "agreement %", "KL to dense", "CPU seconds")
     for text in (*titles, *(f"{setting}, ms" for setting in latency), "time over dense"):
         table.add_column(text, justify="right")
     for row in rows:
@@ -53,7 +53,7 @@ def task_table(task: str, record: dict[str, Any]) -> Table:
             plus_minus(row["lost"], 1, 1),
             plus_minus(row["agreement"], 100, 1),
             plus_minus(row["kl"], 1, 3),
-            f"{row['seconds']['mean']:.0f}",
+            f"{row['cpu_seconds']['mean']:.0f}",
             *(milliseconds(cells, setting) for setting in latency),
             plus_minus(row["time"], 1, 2) if row["time"] else "-",
         )

@@ -197,11 +197,11 @@ def test_dropped_layers_learn_the_ends_of_groups(monkeypatch):
     assert accuracy_cells.layers_of(dense) == 6
 
 
-def cell(label, family, seed=0, accuracy=0.8, kl=0.1, time=None, seconds=100.0, task="rotten_tomatoes"):
+def cell(label, family, seed=0, accuracy=0.8, kl=0.1, time=None, cpu_seconds=100.0, task="rotten_tomatoes"):
     over = {"1 x 32": {"over_dense": {"median": time}}, "16 x 64": {"over_dense": {"median": time}}}
     row = {"task": task, "label": label, "family": family, "seed": seed, "accuracy": accuracy, "kl": kl}
     latency = {"settings": over} if time else None
-    return row | {"agreement": 0.9, "majority": 0.5, "sparsity": 0.9, "seconds": seconds, "latency": latency}
+    return row | {"agreement": 0.9, "majority": 0.5, "sparsity": 0.9, "cpu_seconds": cpu_seconds, "latency": latency}
 
 
 def recipe(amount, **options):
@@ -212,11 +212,11 @@ def test_summary_by_hand():
     from accuracy_targets import relative_time, summarize
 
     dense = [cell("dense", "dense", seed=seed, accuracy=a) for seed, a in enumerate((0.84, 0.86))]
-    sparse = [recipe(90, seed=0, accuracy=0.83, seconds=200.0, time=0.2), recipe(90, seed=1, accuracy=0.83)]
+    sparse = [recipe(90, seed=0, accuracy=0.83, cpu_seconds=200.0, time=0.2), recipe(90, seed=1, accuracy=0.83)]
     _, row = summarize([*dense, *sparse])
     assert row["accuracy"] == {"mean": pytest.approx(0.83), "spread": pytest.approx(0)}
     assert row["lost"] == {"mean": pytest.approx(2.0), "spread": pytest.approx(2**0.5)}
-    assert (row["seeds"], row["most_seconds"], row["time"]["mean"]) == ([0, 1], 200.0, pytest.approx(0.2))
+    assert (row["seeds"], row["most_cpu_seconds"], row["time"]["mean"]) == ([0, 1], 200.0, pytest.approx(0.2))
     settings = {"a": {"over_dense": {"median": 0.1}}, "b": {"over_dense": {"median": 0.4}}}
     assert relative_time({"settings": settings}) == pytest.approx(0.2)
 
@@ -243,11 +243,14 @@ def judged(rows, seeds=1, models=None):
 
 
 def test_points_lost_and_seconds():
-    found = judged([recipe(90, accuracy=0.839, seconds=481.0), recipe(80, accuracy=0.842)])
+    found = judged([recipe(90, accuracy=0.839, cpu_seconds=481.0), recipe(80, accuracy=0.842)])
     assert found["rotten_tomatoes 8x1-taylor-global-90, points lost"] == (pytest.approx(1.1), True)
     assert found["rotten_tomatoes 8x1-taylor-global-80, points lost"] == (pytest.approx(0.8), False)
     assert found["rotten_tomatoes 8x1-taylor-global-95, points lost"] == (None, None)
-    assert found["rotten_tomatoes 8x1-taylor-global-90, seconds of the recipe, longest"] == (481.0, False)
+    assert found["rotten_tomatoes 8x1-taylor-global-90, CPU seconds of the recipe, longest"] == (
+        481.0,
+        False,
+    )
 
 
 def test_fewer_seeds_than_asked_for_leave_a_target_open():
