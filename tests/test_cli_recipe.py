@@ -196,6 +196,16 @@ def test_structures_go_before_weights(make, tmp_path):
     assert [removal["kind"] for removal in record_of(tmp_path / "out")["removals"]] == ["layers", "neurons"]
 
 
+def test_structures_alone(make, tmp_path):
+    structured = [{"kind": "neurons", "fraction": 0.5}]
+    path = make(structured=structured, prune={"sparsity": 0}, recover=ONE_EPOCH)
+    result = succeed("prune", "--recipe", path, tmp_path / "out")
+    assert "are zero" not in result.stdout
+    model = sparsenlp.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size == 32
+    assert not any(isinstance(module, sparsenlp.SparseLinear) for module in model.modules())
+
+
 def test_only_the_named_layers_are_pruned(make, tmp_path):
     path = make(prune={"layers": ["*.attention.self.*"], "sparsity": 0.5}, recover=ONE_EPOCH)
     succeed("prune", "--recipe", path, tmp_path / "out")

@@ -13,6 +13,7 @@ from .evaluate import quality_cells
 from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, data_section
 
 if TYPE_CHECKING:
+    from ..plan import Plan
     from ..recipe import Job, Outcome, Recipe
 
 BESIDE_RECIPE = ("model", "output", "recipe", "threads", "work_dir")
@@ -237,7 +238,7 @@ def _report(job: Job, outcome: Outcome) -> None:
     from ..recipe import RESULT_FILE
     from ..report import report
 
-    output, plan = job.output, outcome.plan
+    output = job.output
     qualities = {name: q for name, q in outcome.qualities.items() if isinstance(q, Quality)}
     if qualities:
         print_table(quality_cells(qualities), f"{qualities['dense'].examples} test examples")
@@ -245,13 +246,8 @@ def _report(job: Job, outcome: Outcome) -> None:
         if not isinstance(quality, Quality):
             say(f"perplexity, {name}: {quality.perplexity:.1f}")
     sizes = report(outcome.model)
-    weights = {row.name: row.weights for row in plan.layers if row.sparsity > 0}
-    zeros = sum(row.sparsity * weights[row.name] for row in plan.layers if row.name in weights) / sum(weights.values())
-    say(
-        f"{zeros:.1%} of the weights of {len(weights)} pruned layers are zero; {len(plan.converted)} of them are sparse"
-    )
-    if not plan.converted:
-        say("every layer stays dense, because that is faster here: expect no speed-up")
+    if outcome.plan is not None:
+        _report_plan(outcome.plan)
     if outcome.speedup is not None:
         say(f"{outcome.speedup:.2f} times as fast as the dense model, for {job.recipe.target}")
     say(f"memory: {sizes.dense_bytes / 1e6:.1f} MB dense, {sizes.stored_bytes / 1e6:.1f} MB now")
@@ -259,3 +255,13 @@ def _report(job: Job, outcome: Outcome) -> None:
     say(f"next: sparsenlp bench {output}")
     if outcome.dense is not None:
         say(f"dense model: {outcome.dense}")
+
+
+def _report_plan(plan: Plan) -> None:
+    weights = {row.name: row.weights for row in plan.layers if row.sparsity > 0}
+    zeros = sum(row.sparsity * weights[row.name] for row in plan.layers if row.name in weights) / sum(weights.values())
+    say(
+        f"{zeros:.1%} of the weights of {len(weights)} pruned layers are zero; {len(plan.converted)} of them are sparse"
+    )
+    if not plan.converted:
+        say("every layer stays dense, because that is faster here: expect no speed-up")

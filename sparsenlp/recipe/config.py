@@ -131,7 +131,8 @@ class PruneRule:
     """Which weights go, in whatever way of pruning.
 
     pattern, sparsity, criterion, scope, layer_targets   as in PruningConfig, whose defaults None stands for; but
-                 without a scope that of the criterion, and without data the criterion "magnitude"
+                 without a scope that of the criterion, and without data the criterion "magnitude"; sparsity 0
+                 for a model that only loses whole structures
     layers       names of the layers to prune, with * and ?; None for all but heads, poolers and embeddings
     """
 
@@ -143,8 +144,8 @@ class PruneRule:
     layer_targets: Mapping[str, LayerTarget] | None = None
 
     def __post_init__(self) -> None:
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity: expected a fraction between 0 and 1, got {self.sparsity}")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity: expected a fraction from 0 to below 1, got {self.sparsity}")
         for name, known in (("criterion", CRITERIA), ("scope", SCOPES)):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -266,6 +267,8 @@ class Recipe:
             raise ValueError("one_shot: expected it for a language model, which is not trained, got none")
         if self.language and (self.finetune.when == "always" or any(_needs(s.criterion) for s in self.structured)):
             raise ValueError("data.task: expected labelled texts for finetune and gradients, got news_articles")
+        if self.prune.sparsity == 0 and not self.structured:
+            raise ValueError("prune.sparsity: expected more than 0 where nothing is removed whole, got 0")
         self._check_target()
         self._check_criteria()
         if self.in_rounds:

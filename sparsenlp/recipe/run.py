@@ -71,7 +71,7 @@ class Job:
 @dataclass(frozen=True)
 class Outcome:
     """qualities   "dense" and "sparse" on the test texts; empty without data
-    plan        what became sparse
+    plan        what became sparse; None where only structures went, and the model stays dense
     removals    of whole structures
     layer_targets   chosen for a target of time
     speedup     measured on the final model, where the target is a time
@@ -80,7 +80,7 @@ class Outcome:
     """
 
     model: nn.Module
-    plan: Plan
+    plan: Plan | None
     qualities: Mapping[str, Quality | Perplexity]
     removals: tuple[Removal, ...] = ()
     layer_targets: Mapping[str, LayerTarget] | None = None
@@ -152,7 +152,8 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
             layer_targets = _allocated(job, filter_fn, states[2], note)
         config = recipe.recovery(layer_targets)
         training.recover(model, dense, _training_texts(job), config, filter_fn, state_path=states[1])
-    plan = _convert(recipe, model, sparsity_of(finalize_(model), filter_fn), note)
+    sparsity = sparsity_of(finalize_(model), filter_fn)
+    plan = _convert(recipe, model, sparsity, note) if sparsity > 0 else None
     outputs = task.outputs(model)
     judged = {"dense": task.judge(reference), "sparse": task.judge(outputs, reference)}
     outcome = Outcome(
@@ -304,8 +305,9 @@ def _save(job: Job, outcome: Outcome) -> None:
         "recipe": recipe.content,
         "recipe_sha256": recipe.sha256,
         "quality": {name: quality.as_dict() for name, quality in outcome.qualities.items()},
-        "plan": outcome.plan.as_dict(),
     }
+    if outcome.plan is not None:
+        record["plan"] = outcome.plan.as_dict()
     if outcome.removals:
         record["removals"] = [asdict(removal) for removal in outcome.removals]
     if outcome.layer_targets is not None:
