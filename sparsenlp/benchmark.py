@@ -241,12 +241,22 @@ def dense_twin(model: nn.Module) -> nn.Module:
 
 
 def random_inputs(model: nn.Module, setting: Setting) -> Inputs:
-    """Token ids, the same at every call, and a mask of ones, each (batch, tokens) int64."""
+    """Token ids, the same at every call, and a mask of ones, each (batch, tokens) int64.
+
+    An encoder-decoder gets as many of the target, too.
+    """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 1000))
+    config = getattr(model, "config", None)
+    vocabulary = int(getattr(config, "vocab_size", 1000))
     shape = (setting.batch, setting.tokens)
-    ids = torch.randint(vocabulary, shape, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
+    inputs = {
+        "input_ids": torch.randint(vocabulary, shape, generator=generator),
+        "attention_mask": torch.ones(shape, dtype=torch.int64),
+    }
+    if getattr(config, "is_encoder_decoder", False):
+        targets = int(getattr(config, "decoder_vocab_size", vocabulary))
+        inputs["decoder_input_ids"] = torch.randint(targets, shape, generator=generator)
+    return inputs
 
 
 @contextmanager

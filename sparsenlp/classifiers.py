@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CONFIG_FILE, METHOD, CheckpointError, from_pretrained, save_pretrained
+from .models.own import OWN
 from .train import accuracy, agreement, cosine_similarity, kl_divergence
 
 
@@ -89,9 +90,9 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, label_names: Sequence[str] | None = None) -> nn.Module:
-    """A sequence classifier in eval mode: a dense or sparsenlp directory, or a hub id.
+    """A sequence classifier, or any of our own models, in eval mode: a dense or sparsenlp directory, or a hub id.
 
-    label_names  classes to give the model; a head of another size starts from random weights, the same
+    label_names  classes to give a classifier; a head of another size starts from random weights, the same
                  ones every time
 
     Raises ModuleNotFoundError without transformers, FileNotFoundError for a directory that does not
@@ -101,8 +102,10 @@ def load_model(name: str, label_names: Sequence[str] | None = None) -> nn.Module
     with _loading(name):
         if is_sparse_checkpoint(name):
             return from_pretrained(name)
-        from transformers import AutoModelForSequenceClassification as Auto
+        import transformers
 
+        own = OWN.get(transformers.AutoConfig.from_pretrained(name).model_type)
+        Auto = getattr(transformers, own.auto if own is not None else "AutoModelForSequenceClassification")
         labels: dict[str, Any] = {}
         if label_names is not None:
             id2label = dict(enumerate(label_names))

@@ -13,7 +13,7 @@ from torch import nn
 from .data import TextDataset, WordVectors, load_word_vectors, word_tokenizer
 from .models.own import OWN, OwnModel
 
-CLASSIFIERS = {name: row for name, row in OWN.items() if row.auto == "AutoModelForSequenceClassification"}
+CLASSIFIERS = {name: row for name, row in OWN.items() if not row.predicts_tokens}
 """The rows of the table that label texts."""
 
 

@@ -1,9 +1,11 @@
-"""New models that predict tokens, of texts or of pairs of a source and a target, with their tokenizers and data."""
+"""Models that predict tokens, of texts or of pairs of a source and a target: new ones, and how good they are."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,52 @@ from torch import Tensor, nn
 from .data import TokenizedDataset, sorted_batches, token_windows, word_tokenizer
 from .data.token_labels import predicted_windows, sequence_pairs
 from .data.vocabulary import vocabulary_tokenizer
+from .models.own import OWN
 from .modes import evaluating
 from .scratch import build
+from .train import perplexity
 
+PREDICTORS = tuple(name for name, row in OWN.items() if row.predicts_tokens)
+"""The models of that table that this is about."""
+WINDOW = 64
+"""Tokens that a language model is trained on, and judged by, at a time."""
 BEGIN, END = "[BOS]", "[EOS]"
 SPECIAL = {"bos_token": BEGIN, "eos_token": END}
 SPECIAL_IDS = ("pad", "bos", "eos")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of a language model on windows of texts (see `train.perplexity`).
+
+    tokens   that were predicted
+    unigram  the best that is possible without looking at other tokens: exp of the entropy of how often each occurs
+    """
+
+    perplexity: float
+    tokens: int
+    unigram: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an encoder-decoder answers.
+
+    exact      fraction of its answers that are the target, word by word
+    majority   of always giving the most frequent target
+    agreement  fraction of the answers that another model gives, too; None without one
+    """
+
+    examples: int
+    exact: float
+    majority: float
+    agreement: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -32,7 +74,7 @@ class NewSequenceModel:
 def new_language_model(
     texts: Sequence[str],
     characters: bool = False,
-    window: int = 64,
+    window: int = WINDOW,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     embeddings: str | Path | None = None,
@@ -91,7 +133,7 @@ def character_tokenizer(texts: Sequence[str]) -> Any:
     return vocabulary_tokenizer(vocabulary, names, characters=True)
 
 
-def text_windows(texts: Sequence[str], tokenizer: Any, length: int, seed: int = 0) -> Tensor:
+def text_windows(texts: Sequence[str], tokenizer: Any, length: int = WINDOW, seed: int = 0) -> Tensor:
     """As many windows (W, length) as there are in texts (see `token_windows`)."""
     used = [text for text in texts if text.strip()]
     tokens = sum(len(ids) + 1 for ids in tokenizer(used, add_special_tokens=False)["input_ids"]) if used else 0
@@ -108,3 +150,25 @@ def answers(model: Any, tokenizer: Any, sources: Sequence[str], batch_size: int 
             for i, text in zip(indices, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
                 found[i] = text
     return found
+
+
+def judge_windows(model: nn.Module, windows: Tensor) -> Perplexity:
+    """How well a language model predicts windows (W, L) int64. Raises as `train.perplexity`."""
+    predicted = windows[:, 1:].flatten()
+    shares = predicted.bincount().double() / predicted.numel()
+    unigram = exp(-float(shares.xlogy(shares).sum()))
+    return Perplexity(perplexity(model, windows), predicted.numel(), unigram)
+
+
+def judge_answers(
+    found: Sequence[str], tokenizer: Any, targets: Sequence[str], reference: Sequence[str] | None = None
+) -> Answers:
+    """Compare what `answers` found with targets, and with what it found for another model."""
+    wanted = tokenizer.batch_decode(tokenizer([*targets])["input_ids"], skip_special_tokens=True)  # as it reads them
+    count = len(wanted)
+    exact = sum(text == target for text, target in zip(found, wanted, strict=True)) / count
+    majority = Counter(wanted).most_common(1)[0][1] / count
+    if reference is None:
+        return Answers(count, exact, majority)
+    same = sum(text == other for text, other in zip(found, reference, strict=True))
+    return Answers(count, exact, majority, same / count)

@@ -247,7 +247,9 @@ def test_one_shot_of_a_language_model(files, tmp_path, make, monkeypatch):
         target="sparsity 0.5",
     )
     result = succeed("prune", "--recipe", path, tmp_path / "out")
-    assert "perplexity, dense: " in result.stdout
+    dense = record_of(tmp_path / "out")["quality"]["dense"]
+    assert f"{dense['perplexity']:.1f}" in result.stdout
+    assert dense["tokens"] == 8 * 15
     assert record_of(tmp_path / "out")["quality"]["sparse"]["perplexity"] > 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +14,10 @@ from .console import note, print_json, print_table
 from .options import BatchSize, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads
 
 if TYPE_CHECKING:
-    from ..classifiers import Quality
+    from torch import nn
+
     from ..data import TextDataset
+    from ..recipe.tasks import Judgement
 
 
 def evaluate(
@@ -33,29 +37,43 @@ def evaluate(
     """Accuracy of a classifier, beside that of always choosing the most frequent class.
 
     With --against also: how often both models agree, the KL divergence of what they predict, and the
-    cosine similarity of their logits.
+    cosine similarity of their logits. Of lstm-lm the perplexity, of seq2seq how many answers are exact.
 
     \b
     sparsenlp eval out --data test.csv --against bert-finetuned
+    sparsenlp eval out --data words.tsv --text-column word --text-pair-column phonemes
     """
     from ..classifiers import judge, load_config, load_model, load_tokenizer, max_tokens
     from ..data import tokenize
+    from ..recipe import Data
+    from ..recipe.tasks import token_prediction, token_texts
+    from ..sequences import PREDICTORS
     from ..train import predict
 
     config, tokenizer = load_config(model), load_tokenizer(model)
-    texts = load_texts(data, config, text_column, label_column, text_pair_column)
-    tokens = tokenize(texts, tokenizer, min(max_length, max_tokens(config, tokenizer) or max_length))
+    outputs: Callable[[nn.Module], Any]
+    compare: Callable[..., Judgement]
+    if config.model_type in PREDICTORS:
+        source = Data(train=str(data), test=str(data), text_column=text_column, text_pair_column=text_pair_column)
+        columns = token_texts(source, config.is_encoder_decoder, seed=0)
+        task = token_prediction(tokenizer, *columns, max_length, seed=0)
+        outputs, compare = task.outputs, task.judge
+    else:
+        texts = load_texts(data, config, text_column, label_column, text_pair_column)
+        tokens = tokenize(texts, tokenizer, min(max_length, max_tokens(config, tokenizer) or max_length))
+        outputs = partial(predict, data=tokens, batch_size=batch_size)
+        compare = partial(judge, labels=tokens.labels)
     models = [load_model(name) for name in (model, against) if name is not None]
     with use_threads(threads):
-        logits, *reference = [predict(each, tokens, batch_size) for each in models]
-    quality = judge(logits, tokens.labels, *reference)
-    rows = {model: quality}
+        found, *reference = [outputs(each) for each in models]
+    quality = compare(found, reference=reference[0] if reference else None)
+    rows: dict[str, Judgement] = {model: quality}
     if against is not None:
-        rows[against] = judge(reference[0], tokens.labels)
+        rows[against] = compare(reference[0])
     if json:
         print_json({"model": model, "against": against, "data": str(data), **quality.as_dict()} | _dense(rows, against))
         return
-    print_table(quality_cells(rows), f"{quality.examples} examples of {data}")
+    print_table(quality_cells(rows), f"{quality_title(quality)}, {data}")
 
 
 def load_texts(
@@ -75,14 +93,41 @@ def load_texts(
     return texts
 
 
-def quality_cells(rows: dict[str, Quality]) -> list[list[str]]:
-    """A table with one row per model; the comparison columns stand where a row has them."""
+def quality_title(quality: Judgement) -> str:
+    """What a quality is of."""
+    from ..sequences import Perplexity
+
+    return f"{quality.tokens} test tokens" if isinstance(quality, Perplexity) else f"{quality.examples} test examples"
+
+
+def quality_cells(rows: Mapping[str, Any]) -> list[list[str]]:
+    """A table of qualities of one kind, one row per model; the comparison columns stand where a row has them."""
+    from ..sequences import Answers, Perplexity
+
+    kind = type(next(iter(rows.values())))
+    if kind is Perplexity:
+        cells = [["model", "perplexity", "without context"]]
+        return cells + [[name, f"{q.perplexity:.1f}", f"{q.unigram:.1f}"] for name, q in rows.items()]
+    if kind is Answers:
+        cells = [["model", "exact answers", "most frequent answer", "agreement"]]
+        for name, q in rows.items():
+            cells.append([name, f"{q.exact:.1%}", f"{q.majority:.1%}", _percent(q.agreement)])
+        return cells
     cells = [["model", "accuracy", "majority class", "agreement", "KL", "cosine of logits"]]
     for name, q in rows.items():
-        compared = ["-"] * 3 if q.agreement is None else [f"{q.agreement:.1%}", f"{q.kl:.3f}", f"{q.cosine:.4f}"]
-        cells.append([name, f"{q.accuracy:.1%}", f"{q.majority:.1%}", *compared])
+        compared = ["-"] * 2 if q.agreement is None else [f"{q.kl:.3f}", f"{q.cosine:.4f}"]
+        cells.append([name, f"{q.accuracy:.1%}", f"{q.majority:.1%}", _percent(q.agreement), *compared])
     return cells
 
 
-def _dense(rows: dict[str, Quality], against: str | None) -> dict[str, Any]:
-    return {} if against is None else {"against_accuracy": rows[against].accuracy}
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _dense(rows: Mapping[str, Judgement], against: str | None) -> dict[str, Any]:
+    """The main number of the other model."""
+    if against is None:
+        return {}
+    numbers = rows[against].as_dict()
+    name = next(name for name in ("accuracy", "exact", "perplexity") if name in numbers)
+    return {f"against_{name}": numbers[name]}

@@ -9,8 +9,8 @@ import typer
 
 from ..measure import use_threads
 from .console import note, print_table, resumable, say
-from .evaluate import quality_cells
-from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, data_section
+from .evaluate import quality_cells, quality_title
+from .options import DATA, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, WordNet, data_section
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -24,6 +24,7 @@ PLACES = {
     "text_column": ("data.text_column",),
     "label_column": ("data.label_column",),
     "text_pair_column": ("data.text_pair_column",),
+    "wordnet": ("data.path",),
     "max_length": ("data.max_length",),
     "sparsity": ("prune.sparsity",),
     "pattern": ("prune.pattern",),
@@ -51,7 +52,7 @@ def prune(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Dense sequence classifier or encoder: directory or hub id. Left out with --recipe.",
+            help="Dense sequence classifier, encoder or model of `train`: directory or hub id. Left out with --recipe.",
             show_default=False,
         ),
     ] = None,
@@ -65,7 +66,7 @@ def prune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Training texts: CSV, TSV or JSONL; or rotten_tomatoes, supersense or word_definitions.",
+            help=DATA,
             show_default=False,
         ),
     ] = None,
@@ -75,6 +76,7 @@ def prune(
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     text_pair_column: TextPairColumn = None,
+    wordnet: WordNet = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of the encoder's weights to remove.")] = 0.9,
     target: Annotated[
         str | None,
@@ -234,17 +236,12 @@ def _section(content: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 def _report(job: Job, outcome: Outcome) -> None:
     """What it cost, what it brought, and where it is."""
-    from ..classifiers import Quality
     from ..recipe import RESULT_FILE
     from ..report import report
 
     output = job.output
-    qualities = {name: q for name, q in outcome.qualities.items() if isinstance(q, Quality)}
-    if qualities:
-        print_table(quality_cells(qualities), f"{qualities['dense'].examples} test examples")
-    for name, quality in outcome.qualities.items():
-        if not isinstance(quality, Quality):
-            say(f"perplexity, {name}: {quality.perplexity:.1f}")
+    if outcome.qualities:
+        print_table(quality_cells(outcome.qualities), quality_title(outcome.qualities["dense"]))
     sizes = report(outcome.model)
     if outcome.plan is not None:
         _report_plan(outcome.plan)

@@ -10,9 +10,9 @@ import typer
 
 from ..measure import use_threads
 from .console import note, print_table, resumable, say
-from .evaluate import quality_cells
-from .options import LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, data_section
-from .train_sequences import SEQUENCE_MODELS, TextSource, train_sequence_model
+from .evaluate import quality_cells, quality_title
+from .options import DATA, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, WordNet, data_section
+from .train_sequences import train_sequence_model
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="Training texts: CSV, TSV or JSONL; or rotten_tomatoes, supersense or word_definitions.",
+            help=DATA,
             show_default=False,
         ),
     ],
@@ -38,6 +38,7 @@ def train(
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     text_pair_column: TextPairColumn = None,
+    wordnet: WordNet = None,
     embeddings: Annotated[
         Path | None,
         typer.Option(help="Word vectors to begin with: a text file of GloVe or word2vec.", show_default=False),
@@ -59,14 +60,16 @@ def train(
     """Train a small text classifier, language model or encoder-decoder from scratch, with a vocabulary of its own.
 
     What comes out is an ordinary transformers directory, which AutoModelForSequenceClassification, AutoModelForCausalLM
-    or AutoModelForSeq2SeqLM loads after `import sparsenlp`; classifiers are for the other commands, too.
+    or AutoModelForSeq2SeqLM loads after `import sparsenlp`, and the other commands take.
     After Ctrl-C the same command goes on where it stopped.
 
     \b
     sparsenlp train out --model textcnn --data rotten_tomatoes
     sparsenlp train out --model birnn --option cell=gru --data train.csv --test test.csv --embeddings glove.300d.txt
+    sparsenlp train out --model matcher --data sibling_definitions
     sparsenlp train out --model matcher --data pairs.tsv --text-column question --text-pair-column answer
     sparsenlp train out --model lstm-lm --data texts.csv
+    sparsenlp train out --model seq2seq --data pronunciations
     sparsenlp train out --model seq2seq --data words.tsv --text-column word --text-pair-column phonemes
     sparsenlp prune out pruned --data rotten_tomatoes --sparsity 0.8
     """
@@ -75,6 +78,7 @@ def train(
     from ..recipe import Data
     from ..recipe.tasks import labelled_texts
     from ..scratch import new_classifier
+    from ..sequences import PREDICTORS
     from ..train import FinetuneConfig, finetune, predict
 
     config = FinetuneConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
@@ -82,15 +86,16 @@ def train(
         raise NotADirectoryError(f"output: expected a directory, got a file: {output}")
     section = data_section(data)
     options = dict(map(_option, option or ()))
-    if model in SEQUENCE_MODELS:
-        pair = text_pair_column if model == "seq2seq" else None
-        texts = TextSource(section | {"count": count}, test, text_column, pair, seed)
-        with use_threads(threads), resumable():
-            train_sequence_model(model, texts, output, config, max_length, options, embeddings)
-        return
+    section |= {"test": None if test is None else str(test), "count": count, "max_length": max_length}
+    section["path"] = None if wordnet is None else str(wordnet)
     if "train" in section:
-        section |= {"text_column": text_column, "label_column": label_column, "text_pair_column": text_pair_column}
-    source = Data(**section, test=None if test is None else str(test), count=count)
+        section |= {"text_column": text_column, "text_pair_column": text_pair_column}
+    if model in PREDICTORS:
+        with use_threads(threads), resumable():
+            train_sequence_model(model, Data(**section), output, config, options, embeddings)
+        _say_next(output, data, text_column, text_pair_column, wordnet)
+        return
+    source = Data(**section, label_column=label_column if "train" in section else None)
     training, testing, held_out = labelled_texts(source, seed)
     new = new_classifier(model, training, embeddings, seed, options)
     if held_out is not None:
@@ -108,10 +113,15 @@ def train(
     save_model(new.model, output, new.tokenizer)
     state.unlink()
     state.parent.rmdir()
-    print_table(quality_cells({model: quality}), f"{quality.examples} test examples")
+    print_table(quality_cells({model: quality}), quality_title(quality))
     say(f"saved: {output}")
-    pair = f" --text-pair-column {text_pair_column}" if text_pair_column else ""
-    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{pair}")
+    _say_next(output, data, text_column, text_pair_column, wordnet)
+
+
+def _say_next(output: Path, data: str, text: str, pair: str | None, wordnet: Path | None) -> None:
+    columns = (f" --text-column {text}" if text != "text" else "") + (f" --text-pair-column {pair}" if pair else "")
+    path = f" --wordnet {wordnet}" if wordnet is not None else ""
+    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{columns}{path}")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ from .demo import minilm_directory, rotten_tomatoes
 from .news import news_articles, news_titles, token_windows
 from .text import TextDataset, check_split, encode_labels, load_table
 from .word_vectors import WordVectors, load_word_vectors
-from .wordnet import supersense, word_definitions
+from .wordnet import sibling_definitions, supersense, word_definitions
 from .words import word_tokenizer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "news_titles",
     "rotten_tomatoes",
     "shuffled_batches",
+    "sibling_definitions",
     "sorted_batches",
     "splice",
     "supersense",

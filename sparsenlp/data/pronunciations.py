@@ -44,6 +44,11 @@ def read_pronunciations(text: str) -> Pronunciations:
     return words
 
 
+def spelled(words: Pronunciations) -> tuple[list[str], list[str]]:
+    """(letters with spaces between them, first pronunciations), a source and a target for each word."""
+    return [" ".join(word) for word in words], [said[0] for said in words.values()]
+
+
 def word_accuracy(predicted: Mapping[str, str], expected: Pronunciations) -> float:
     """Fraction of the expected words whose prediction is one of their pronunciations exactly."""
     return sum(predicted[word] in expected[word] for word in expected) / len(expected)

@@ -1,4 +1,4 @@
-"""Two tasks from WordNet's nouns: the supersense of a definition, and whether a definition fits a word."""
+"""Tasks from WordNet's nouns: the supersense of a definition, whether it fits a word, whether two are of siblings."""
 
 from __future__ import annotations
 
@@ -99,6 +99,24 @@ def word_definitions(
     return _draw(sides, test_fraction, seed, count)
 
 
+def sibling_definitions(
+    test_fraction: float = 0.2, seed: int = 0, count: int | None = None, path: str | Path | None = None
+) -> tuple[TextDataset, TextDataset]:
+    """(train, test): pairs of definitions, "siblings" or "unrelated".
+
+    Each definition comes first once before that of a sibling, another sense under the same hypernym, and once
+    before that of any other sense, drawn by seed; and second as often, so that neither half of a pair gives the
+    answer away. Unlike `word_definitions` it can be learned without pretrained vectors: words of test definitions
+    are known from others. Arguments and errors as for `supersense`.
+    """
+    sides = []
+    for side, synsets in enumerate(_split(read_synsets(path), test_fraction, seed)):
+        pairs = list(_sibling_pairs(synsets, random.Random(f"{seed},{side}")))
+        first, second, labels = (list(column) for column in zip(*pairs, strict=True))
+        sides.append(TextDataset(first, labels, ["unrelated", "siblings"], second))
+    return _draw(sides, test_fraction, seed, count)
+
+
 def read_synsets(path: str | Path | None = None) -> list[Synset]:
     """The synsets of data.noun that have one of SUPERSENSES, in file order. Raises as `supersense`."""
     path = DATA_NOUN if path is None else Path(path)
@@ -171,6 +189,21 @@ def _pairs(synsets: Sequence[Synset], rng: random.Random) -> Iterator[tuple[str,
             if other is not None:
                 yield synset.words[0], synset.definition, 1
                 yield synset.words[0], other.definition, 0
+
+
+def _sibling_pairs(synsets: Sequence[Synset], rng: random.Random) -> Iterator[tuple[str, str, int]]:
+    """(definition, definition, 0 or 1)."""
+    families: defaultdict[str, list[Synset]] = defaultdict(list)
+    for synset in synsets:
+        families[synset.hypernym].append(synset)
+    siblings = [(a, b) for family in families.values() for a, b in zip(family, family[1:] + family[:1], strict=True)]
+    siblings = [(a, b) for a, b in siblings if a.definition != b.definition]
+    others = [b for _, b in siblings]
+    rng.shuffle(others)
+    for (a, b), other in zip(siblings, others, strict=True):
+        if other.hypernym != a.hypernym:
+            yield a.definition, b.definition, 1
+            yield a.definition, other.definition, 0
 
 
 def _unlike(a: Synset, b: Synset) -> bool:

@@ -17,6 +17,17 @@ PRUNING: Mapping[str, Any] = {
 """What suits small models that were trained from scratch: a higher learning rate than for pretrained ones."""
 
 
+TOKEN_PRUNING: Mapping[str, Any] = {
+    "prune": PRUNING["prune"],
+    "recover": {
+        **PRUNING["recover"],
+        **{"label_weight": 0.5, "distill_weight": 1.0, "temperature": 1.0},
+        **{"hidden_weight": 0.0, "spliced": 0.0, "freeze_embeddings": False, "bf16": False},
+    },
+}
+"""The same for models that predict tokens, which `train.recover_sequences` recovers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnModel:
     """A row of the table.
@@ -37,6 +48,11 @@ class OwnModel:
     auto: str = "AutoModelForSequenceClassification"
     pairs: bool = False
     pruning: Mapping[str, Any] = field(default_factory=lambda: PRUNING)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """It is a language model or an encoder-decoder, no classifier."""
+        return self.auto != "AutoModelForSequenceClassification"
 
     def classes(self) -> tuple[Any, Any]:
         """(configuration, model); imports transformers."""
@@ -64,7 +80,7 @@ OWN: dict[str, OwnModel] = {
         model="SelfAttentionForSequenceClassification",
     ),
     "matcher": OwnModel(
-        summary="for pairs: one recurrent encoder reads both texts (Conneau et al. 2017)",
+        summary="for pairs: one recurrent encoder reads both texts, compared as a whole or word by word",
         module="matcher",
         config="MatcherConfig",
         model="MatcherForSequenceClassification",
@@ -76,6 +92,7 @@ OWN: dict[str, OwnModel] = {
         config="LstmLmConfig",
         model="LstmForCausalLM",
         auto="AutoModelForCausalLM",
+        pruning=TOKEN_PRUNING,
     ),
     "seq2seq": OwnModel(
         summary="a recurrent encoder-decoder with attention (Luong et al. 2015)",
@@ -83,6 +100,7 @@ OWN: dict[str, OwnModel] = {
         config="RnnSeq2SeqConfig",
         model="RnnForConditionalGeneration",
         auto="AutoModelForSeq2SeqLM",
+        pruning=TOKEN_PRUNING,
     ),
 }
 

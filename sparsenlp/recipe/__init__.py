@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..sequences import Answers, Perplexity
 from .config import Data, FinetuneStage, OneShot, PruneRule, Recipe, Structured
 from .run import RESULT_FILE, Job, Outcome, prepare, run
-from .tasks import Perplexity, UntrainedHead
+from .tasks import UntrainedHead
 
 __all__ = [
     "RESULT_FILE",
+    "Answers",
     "Data",
     "FinetuneStage",
     "Job",

@@ -18,6 +18,7 @@ from ..prune.layers import FilterFn
 from ..prune.statistics import Collector
 from ..train import kl_divergence
 from ..train.forward import device_of, forward
+from ..train.sequences import token_logits
 from .config import Recipe
 
 BATCHES, BATCH_SIZE = 16, 32
@@ -30,7 +31,7 @@ def collect(
 
     layers  of `model` itself, so recurrent layers must have been split
 
-    The model, a classifier, stays as it is; gradients that it had are lost.
+    The model, a classifier or one that predicts tokens, stays as it is; gradients that it had are lost.
     """
     statistics = collector(layers, CRITERIA[criterion].needs, decay=None)
     if statistics is None:
@@ -39,10 +40,15 @@ def collect(
     with evaluating(model), torch.set_grad_enabled(backward):
         for indices in shuffled_batches(data.lengths, BATCH_SIZE, seed, 0)[:BATCHES]:
             inputs = data.batch(indices)
-            with statistics.observing(inputs["attention_mask"]):
-                logits = forward(model, inputs).logits
+            tokens = "labels" in inputs
+            mask = None if tokens and model.config.is_encoder_decoder else inputs["attention_mask"]  # type: ignore[union-attr]
+            with statistics.observing(mask):
+                if tokens:
+                    logits, labels = token_logits(model, inputs)
+                else:
+                    logits, labels = forward(model, inputs).logits, data.labels[indices]
             if backward:
-                F.cross_entropy(logits, data.labels[indices].to(logits.device)).backward()
+                F.cross_entropy(logits, labels.to(logits.device)).backward()
                 statistics.update()
                 model.zero_grad(set_to_none=True)
     return statistics

@@ -22,7 +22,7 @@ from ..allocation import Target
 from ..prune import CRITERIA, LayerTarget, Pattern, default_filter, parse_pattern, prunable
 from ..prune.layers import FilterFn
 from ..prune.masks import SCOPES, check_sparsity
-from ..train import FinetuneConfig, IncrementalConfig, PruningConfig, RecoveryConfig
+from ..train import FinetuneConfig, IncrementalConfig, PruningConfig, RecoveryConfig, SequenceRecoveryConfig
 
 PRUNING = ("pattern", "sparsity", "criterion", "scope", "layer_targets")
 """Fields of RecoveryConfig that the section `prune` has, for all ways of pruning."""
@@ -35,26 +35,40 @@ HIDDEN: dict[type, tuple[str, ...]] = {
 """Fields that a recipe does not give in the section of that class (or of one derived from it)."""
 
 
-_WORDNET = ("supersense", "word_definitions")
+_WORDNET = ("supersense", "word_definitions", "sibling_definitions")
 LABELLED_TASKS = ("rotten_tomatoes", *_WORDNET)
-_ONLY_FOR = {"path": _WORDNET, "count": LABELLED_TASKS}
+PAIR_TASKS = ("pronunciations",)
+"""Of sources and targets, for encoder-decoders."""
+_ONLY_FOR = {"path": _WORDNET, "count": (*LABELLED_TASKS, *PAIR_TASKS)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Texts to train on and to judge by: a packaged task, or tables.
 
-    task           instead of tables; "news_articles" is for language models, the others are classes to tell apart
+    task           instead of tables; "news_articles" is for language models, "pronunciations" (letters of words and
+                   phonemes) for encoder-decoders, the others are classes to tell apart
     count          training texts of the task to draw, and test texts in proportion; None for all
     test_fraction  of the task's texts; None for the task's own default
     path           of WordNet's data.noun; None for where Debian has it
     train, test    .csv, .tsv or .jsonl files, relative to the current directory; without `test` a tenth of `train`
                    is held out
-    text_column, label_column, text_pair_column   of the tables; None for the defaults of `load_table`
+    text_column, label_column, text_pair_column   of the tables; None for the defaults of `load_table`. A language
+                   model reads only the first, an encoder-decoder answers the first with the last
     max_length     longer texts are cut to this many tokens
     """
 
-    task: Literal["rotten_tomatoes", "supersense", "word_definitions", "news_articles"] | None = None
+    task: (
+        Literal[
+            "rotten_tomatoes",
+            "supersense",
+            "word_definitions",
+            "sibling_definitions",
+            "news_articles",
+            "pronunciations",
+        ]
+        | None
+    ) = None
     count: int | None = None
     test_fraction: float | None = None
     path: str | None = None
@@ -368,6 +382,19 @@ class Recipe:
         targets = layer_targets or self.prune.layer_targets
         sparsity = 0.0 if targets is not None or self.allocates else self.sparsity
         return self._phase(self.recover or RecoveryConfig(), sparsity, targets)
+
+    @property
+    def token_recovery(self) -> SequenceRecoveryConfig:
+        """What `recover_sequences` takes. Raises ValueError for what that cannot do."""
+        given, without = self.recovery(), RecoveryConfig()
+        shared = {f.name for f in fields(SequenceRecoveryConfig)}
+        for name in (f.name for f in fields(RecoveryConfig) if f.name not in shared):
+            neutral = 0.0 if name in ("hidden_weight", "spliced") else getattr(without, name)
+            if getattr(given, name) != neutral:
+                raise ValueError(
+                    f"recover.{name}: expected {neutral} for a model that predicts tokens, got {getattr(given, name)}"
+                )
+        return SequenceRecoveryConfig(**{name: getattr(given, name) for name in shared})
 
     def incremental(self, least_metric: float | None = None) -> IncrementalConfig:
         """What `prune_incrementally` takes."""

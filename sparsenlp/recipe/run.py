@@ -15,9 +15,9 @@ from torch import nn
 
 from .. import native
 from .. import train as training
-from ..classifiers import Quality, is_sparse_checkpoint, load_config, save_model
+from ..classifiers import is_sparse_checkpoint, load_config, save_model
 from ..convert import sparsify_
-from ..data import TokenizedDataset, minilm_directory
+from ..data import minilm_directory
 from ..layers.composite import splitting
 from ..measure import interleave
 from ..models.own import OWN
@@ -40,7 +40,7 @@ from ..prune.layers import FilterFn
 from ..prune.structured import find_stack
 from .calibrate import allocate_layers, collect, inputs_of
 from .config import OneShot, Recipe, Structured
-from .tasks import Classification, Perplexity, Task, read_task
+from .tasks import Classification, Judgement, Task, Trained, read_task
 
 RESULT_FILE = "sparsenlp.json"
 PACKAGED = {"minilm": minilm_directory}
@@ -81,7 +81,7 @@ class Outcome:
 
     model: nn.Module
     plan: Plan | None
-    qualities: Mapping[str, Quality | Perplexity]
+    qualities: Mapping[str, Judgement]
     removals: tuple[Removal, ...] = ()
     layer_targets: Mapping[str, LayerTarget] | None = None
     speedup: float | None = None
@@ -150,8 +150,7 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
     else:
         if recipe.allocates:
             layer_targets = _allocated(job, filter_fn, states[2], note)
-        config = recipe.recovery(layer_targets)
-        training.recover(model, dense, _training_texts(job), config, filter_fn, state_path=states[1])
+        _trained(task).recover(model, dense, recipe, filter_fn, states[1], layer_targets)
     sparsity = sparsity_of(finalize_(model), filter_fn)
     plan = _convert(recipe, model, sparsity, note) if sparsity > 0 else None
     outputs = task.outputs(model)
@@ -198,7 +197,7 @@ def _finetune(job: Job, state: Path, note: Note) -> None:
 def _remove(job: Job, stage: Structured) -> Removal:
     criterion = stage.criterion or "magnitude"
     statistics = None
-    if isinstance(job.task, Classification):
+    if isinstance(job.task, Trained):
         statistics = collect(job.model, job.task.train, prunable(job.model), criterion, job.recipe.seed)
     return _remove_from(job.model, stage, criterion, statistics)
 
@@ -220,7 +219,7 @@ def _prune_at_once(job: Job, stage: OneShot, filter_fn: FilterFn | None) -> None
     if stage.solver == "prune":
         torch.manual_seed(recipe.seed)
         statistics = None
-        if isinstance(job.task, Classification):
+        if isinstance(job.task, Trained):
             with splitting(model):
                 layers = prunable(model, filter_fn)
                 statistics = collect(model, job.task.train, layers, recipe.criterion, recipe.seed)
@@ -242,7 +241,7 @@ def _allocated(job: Job, filter_fn: FilterFn | None, file: Path, note: Note) -> 
     if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8")))["recipe_sha256"] == digest:
         return {n: LayerTarget(parse_pattern(t["pattern"]), t["sparsity"]) for n, t in kept["layer_targets"].items()}
     note(f"choosing a sparsity for each layer: {job.recipe.target}")
-    targets = allocate_layers(job.recipe, job.model, _training_texts(job), filter_fn).targets
+    targets = allocate_layers(job.recipe, job.model, _trained(job.task).train, filter_fn).targets
     file.parent.mkdir(parents=True, exist_ok=True)
     _write_json(file, {"recipe_sha256": digest, "layer_targets": _plain(targets)})
     return targets
@@ -318,9 +317,9 @@ def _save(job: Job, outcome: Outcome) -> None:
     _write_json(job.output / RESULT_FILE, record)
 
 
-def _training_texts(job: Job) -> TokenizedDataset:
-    assert isinstance(job.task, Classification)
-    return job.task.train
+def _trained(task: Task) -> Trained:
+    assert isinstance(task, Trained)
+    return task
 
 
 def _plain(targets: Mapping[str, LayerTarget]) -> dict[str, Any]:

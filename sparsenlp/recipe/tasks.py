@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import data as corpora
+from .. import train as training
 from ..classifiers import (
     Head,
     Quality,
@@ -21,12 +24,33 @@ from ..classifiers import (
     max_tokens,
 )
 from ..data import TextDataset, TokenizedDataset, check_split, load_table, tokenize
-from ..train import perplexity, predict
-from .config import Data, OneShot, Recipe
+from ..data.pronunciations import pronunciations, spelled
+from ..data.text import load_columns
+from ..data.token_labels import predicted_windows, sequence_pairs
+from ..prune import LayerTarget
+from ..prune.layers import FilterFn
+from ..sequences import PREDICTORS, Answers, Perplexity, answers, judge_answers, judge_windows, text_windows
+from .config import LABELLED_TASKS, PAIR_TASKS, Data, OneShot, Recipe
 
 HELD_OUT = 0.1
 """Share of the texts that is kept for testing where there are no test texts, and of the rest for judging rounds."""
 CALIBRATION_BATCH = 32
+
+
+HeldOut = tuple[int, int] | None
+Judgement = Quality | Perplexity | Answers
+
+
+@dataclass(frozen=True)
+class TokenTexts:
+    """Texts whose tokens are predicted, or with `targets` that answer them the tokens of these."""
+
+    texts: list[str]
+    targets: list[str] | None = None
+
+    def select(self, rows: Sequence[int]) -> TokenTexts:
+        targets = None if self.targets is None else [self.targets[row] for row in rows]
+        return TokenTexts([self.texts[row] for row in rows], targets)
 
 
 class UntrainedHead(ValueError):
@@ -35,16 +59,6 @@ class UntrainedHead(ValueError):
     def __init__(self, why: str) -> None:
         super().__init__(f"finetune.when: expected needed or always, as {why}, got never")
         self.why = why
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Of a language model on windows of test texts (see `perplexity`)."""
-
-    perplexity: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,8 @@ class Task:
         """Of a model on the test texts, for `judge`."""
         return None
 
-    def judge(self, outputs: Any, reference: Any = None) -> Quality | Perplexity | None:
-        """How good a model's outputs are, and how close to a reference's."""
+    def judge(self, outputs: Any, reference: Any = None) -> Judgement | None:
+        """How good a model's outputs are, and how close to a reference's; None without texts."""
         return None
 
     def calibration(self, stage: OneShot) -> list[dict[str, Tensor]]:
@@ -71,29 +85,101 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Classification(Task):
-    """train, validation, test   validation is None but for rounds
+class Trained(Task):
+    """Texts to train on and texts to judge by.
+
     held_out   rows kept for testing, of how many, where there were no test texts
     """
 
-    head: Head
     train: TokenizedDataset
+    held_out: HeldOut
+
+    def recover(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        recipe: Recipe,
+        filter_fn: FilterFn | None,
+        state: Path,
+        layer_targets: Mapping[str, LayerTarget] | None = None,
+    ) -> None:
+        """Prune the model while the dense one teaches it.
+
+        state          where an interrupted run waits
+        layer_targets  chosen for a target of time
+        """
+        training.recover(model, dense, self.train, recipe.recovery(layer_targets), filter_fn, state)
+
+    def calibration(self, stage: OneShot) -> list[dict[str, Tensor]]:
+        rows = range(min(stage.examples, len(self.train)))
+        return [self.train.batch(rows[i : i + CALIBRATION_BATCH]) for i in rows[::CALIBRATION_BATCH]]
+
+
+@dataclass(frozen=True)
+class Classification(Trained):
+    """validation   None but for rounds"""
+
+    head: Head
     validation: TokenizedDataset | None
     test: TokenizedDataset
-    held_out: tuple[int, int] | None
 
     def load(self, name: str) -> nn.Module:
         return load_model(name, self.head.names)
 
     def outputs(self, model: nn.Module) -> Tensor:
-        return predict(model, self.test)
+        return training.predict(model, self.test)
 
     def judge(self, outputs: Tensor, reference: Tensor | None = None) -> Quality:
         return judge(outputs, self.test.labels, reference)
 
-    def calibration(self, stage: OneShot) -> list[dict[str, Tensor]]:
-        rows = range(min(stage.examples, len(self.train)))
-        return [self.train.batch(rows[i : i + CALIBRATION_BATCH]) for i in rows[::CALIBRATION_BATCH]]
+
+@dataclass(frozen=True)
+class TokenPrediction(Trained):
+    """Of one of our models that predict tokens; `train` has them as labels."""
+
+    def judge(self, outputs: Any, reference: Any = None) -> Perplexity | Answers:
+        raise NotImplementedError
+
+    def recover(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        recipe: Recipe,
+        filter_fn: FilterFn | None,
+        state: Path,
+        layer_targets: Mapping[str, LayerTarget] | None = None,
+    ) -> None:
+        training.recover_sequences(model, dense, self.train, recipe.token_recovery, filter_fn, state)
+
+
+@dataclass(frozen=True)
+class NextToken(TokenPrediction):
+    """test   windows of tokens, (windows, length) int64"""
+
+    test: Tensor
+
+    def outputs(self, model: nn.Module) -> Perplexity:
+        return judge_windows(model, self.test)
+
+    def judge(self, outputs: Perplexity, reference: Perplexity | None = None) -> Perplexity:
+        return outputs
+
+
+@dataclass(frozen=True)
+class Answering(TokenPrediction):
+    """sources, targets   to judge by
+    longest    tokens of an answer
+    """
+
+    sources: list[str]
+    targets: list[str]
+    longest: int
+
+    def outputs(self, model: nn.Module) -> list[str]:
+        return answers(model, self.tokenizer, self.sources, max_new_tokens=self.longest)
+
+    def judge(self, outputs: list[str], reference: list[str] | None = None) -> Answers:
+        return judge_answers(outputs, self.tokenizer, self.targets, reference)
 
 
 @dataclass(frozen=True)
@@ -106,11 +192,11 @@ class LanguageModelling(Task):
     def load(self, name: str) -> nn.Module:
         return load_language_model(name)
 
-    def outputs(self, model: nn.Module) -> float:
-        return perplexity(model, self.test)
+    def outputs(self, model: nn.Module) -> Perplexity:
+        return judge_windows(model, self.test)
 
-    def judge(self, outputs: float, reference: float | None = None) -> Perplexity:
-        return Perplexity(outputs)
+    def judge(self, outputs: Perplexity, reference: Perplexity | None = None) -> Perplexity:
+        return outputs
 
     def calibration(self, stage: OneShot) -> list[dict[str, Tensor]]:
         return [{"input_ids": windows} for windows in self.train.split(CALIBRATION_BATCH)]
@@ -119,8 +205,9 @@ class LanguageModelling(Task):
 def read_task(recipe: Recipe, name: str) -> Task:
     """The texts of a recipe, tokenized for the model of that name.
 
-    Raises ValueError for labels that are not the model's, a class without training texts, and as `load_table`;
-    ModuleNotFoundError and FileNotFoundError for a packaged task that is not there.
+    Raises ValueError for labels that are not the model's, a class without training texts, what `recover_sequences`
+    cannot do for a model that predicts tokens, and as `load_table`; ModuleNotFoundError and FileNotFoundError for a
+    packaged task that is not there.
     """
     config, tokenizer = load_config(name), load_tokenizer(name)
     if recipe.data is None:
@@ -133,6 +220,8 @@ def read_task(recipe: Recipe, name: str) -> Task:
             corpora.token_windows(side, tokenizer, stage.length, stage.windows, recipe.seed) for side in sides
         )
         return LanguageModelling(tokenizer, train, test)
+    if config.model_type in PREDICTORS:
+        return _read_token_task(recipe, config, tokenizer)
     head, training, testing, held_out = _labelled(recipe, config)
     if not head.trained and recipe.finetune.when == "never":
         raise UntrainedHead(head.why)
@@ -142,10 +231,71 @@ def read_task(recipe: Recipe, name: str) -> Task:
     longest = min(recipe.data.max_length, max_tokens(config, tokenizer) or recipe.data.max_length)
     judging = None if validation is None else tokenize(validation, tokenizer, longest)
     learning, final = (tokenize(side, tokenizer, longest) for side in (training, testing))
-    return Classification(tokenizer, head, learning, judging, final, held_out)
+    return Classification(tokenizer, learning, held_out, head, judging, final)
 
 
-def labelled_texts(source: Data, seed: int) -> tuple[TextDataset, TextDataset, tuple[int, int] | None]:
+def _read_token_task(recipe: Recipe, config: Any, tokenizer: Any) -> TokenPrediction:
+    assert recipe.data is not None
+    if recipe.finetune.when == "always":
+        raise ValueError("finetune.when: expected needed or never for a model that predicts tokens, got always")
+    if recipe.in_rounds or recipe.allocates:
+        raise ValueError(
+            f"target: expected a sparsity for a model that predicts tokens, got {recipe.target or 'rounds'}"
+        )
+    if recipe.trains:
+        recipe.token_recovery  # noqa: B018 (raises)
+    texts = token_texts(recipe.data, config.is_encoder_decoder, recipe.seed)
+    return token_prediction(tokenizer, *texts, recipe.data.max_length, recipe.seed)
+
+
+def token_prediction(
+    tokenizer: Any, training: TokenTexts, testing: TokenTexts, held_out: HeldOut, longest: int, seed: int
+) -> TokenPrediction:
+    """The task of what `token_texts` returns; longest: tokens of a text that has a target, and of the target."""
+    if training.targets is None or testing.targets is None:
+        learning, final = (text_windows(side.texts, tokenizer, seed=seed) for side in (training, testing))
+        return NextToken(tokenizer, predicted_windows(learning), held_out, final)
+    pairs = sequence_pairs(training.texts, training.targets, tokenizer, tokenizer, longest)
+    return Answering(tokenizer, pairs, held_out, testing.texts, testing.targets, longest)
+
+
+def token_texts(source: Data, pairs: bool, seed: int) -> tuple[TokenTexts, TokenTexts, HeldOut]:
+    """(training texts, test texts, as `labelled_texts`), with targets if `pairs` says so.
+
+    Raises ValueError for a task of the other kind, or tables without text_pair_column where pairs are wanted; as
+    `read_task` for the texts.
+    """
+    if source.train is None:
+        if pairs != (source.task in PAIR_TASKS):
+            raise ValueError(f"data: expected {'texts and targets' if pairs else 'texts'}, got {source.task}")
+        if pairs:
+            return *_pronunciations(source, seed), None
+        train, test, held_out = labelled_texts(source, seed)
+        return TokenTexts(train.texts), TokenTexts(test.texts), held_out
+    if pairs and source.text_pair_column is None:
+        raise ValueError("text_pair_column: expected that of the targets for an encoder-decoder, got none")
+    columns = [source.text_column or "text", *([source.text_pair_column or ""] if pairs else [])]
+    table = TokenTexts(*load_columns(source.train, columns))
+    if source.test is not None:
+        return table, TokenTexts(*load_columns(source.test, columns)), None
+    rows = list(range(len(table.texts)))
+    random.Random(seed).shuffle(rows)
+    count = round(HELD_OUT * len(rows))
+    if not 0 < count < len(rows):
+        raise ValueError(f"data: expected at least 5 rows, of which some are held out, got {len(rows)}")
+    return table.select(rows[count:]), table.select(rows[:count]), (count, len(rows))
+
+
+def _pronunciations(source: Data, seed: int) -> tuple[TokenTexts, TokenTexts]:
+    fraction = HELD_OUT if source.test_fraction is None else source.test_fraction
+    train, test = (TokenTexts(*spelled(side)) for side in pronunciations(fraction, seed))
+    if source.count is None:
+        return train, test
+    drawn = round(source.count * fraction / (1 - fraction))
+    return train.select(range(min(source.count, len(train.texts)))), test.select(range(min(drawn, len(test.texts))))
+
+
+def labelled_texts(source: Data, seed: int) -> tuple[TextDataset, TextDataset, HeldOut]:
     """(training texts, test texts, rows held out for testing of how many, where there were no test texts).
 
     Raises as `read_task` for the texts.
@@ -162,7 +312,7 @@ def labelled_texts(source: Data, seed: int) -> tuple[TextDataset, TextDataset, t
     return train, test, None
 
 
-def _labelled(recipe: Recipe, config: Any) -> tuple[Head, TextDataset, TextDataset, tuple[int, int] | None]:
+def _labelled(recipe: Recipe, config: Any) -> tuple[Head, TextDataset, TextDataset, HeldOut]:
     """(classes, training texts, test texts, held out), labels indexing the classes."""
     assert recipe.data is not None
     train, test, held_out = labelled_texts(recipe.data, recipe.seed)
@@ -178,8 +328,9 @@ def _packaged(source: Data, seed: int) -> tuple[TextDataset, TextDataset]:
             test = test.sample(round(len(test) * source.count / len(train)), seed)
             train = train.sample(source.count, seed)
         return train, test
-    task = {"supersense": corpora.supersense, "word_definitions": corpora.word_definitions}[str(source.task)]
-    return task(seed=seed, count=source.count, path=source.path, **fraction)
+    if source.task not in LABELLED_TASKS:
+        raise ValueError(f"data.task: expected labelled texts, got {source.task}")
+    return getattr(corpora, source.task)(seed=seed, count=source.count, path=source.path, **fraction)
 
 
 def _encoded(dataset: TextDataset, names: Sequence[str]) -> TextDataset:
