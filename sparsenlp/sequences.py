@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .data import TokenizedDataset, sorted_batches, token_windows, word_tokenizer
+from .data import TokenizedDataset, WordVectors, sorted_batches, token_windows, word_tokenizer
 from .data.token_labels import predicted_windows, sequence_pairs
 from .data.vocabulary import vocabulary_tokenizer
 from .models.own import OWN
@@ -64,11 +64,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class NewSequenceModel:
-    """An untrained model in eval mode, its tokenizer, and its texts as `train_sequences` takes them."""
+    """An untrained model in eval mode, its tokenizer, and its texts as `train_sequences` takes them.
+
+    vectors  None where they start from random numbers
+    """
 
     model: nn.Module
     tokenizer: Any
     data: TokenizedDataset
+    vectors: WordVectors | None
 
 
 def new_language_model(
@@ -90,8 +94,8 @@ def new_language_model(
     """
     tokenizer = character_tokenizer(texts) if characters else word_tokenizer(texts, special=SPECIAL)
     data = predicted_windows(text_windows(texts, tokenizer, window, seed))
-    model = build("lstm-lm", tokenizer, SPECIAL_IDS, {}, options, embeddings, seed).model
-    return NewSequenceModel(model, tokenizer, data)
+    new = build("lstm-lm", tokenizer, SPECIAL_IDS, {}, options, embeddings, seed)
+    return NewSequenceModel(new.model, tokenizer, data, new.vectors)
 
 
 def new_encoder_decoder(
@@ -119,8 +123,8 @@ def new_encoder_decoder(
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=ends)
     data = sequence_pairs(sources, targets, tokenizer, tokenizer, max_length)
     given = {"decoder_vocab_size": len(tokenizer), "decoder_start_token_id": tokenizer.bos_token_id}
-    model = build("seq2seq", tokenizer, SPECIAL_IDS, given, options, embeddings, seed).model
-    return NewSequenceModel(model, tokenizer, data)
+    new = build("seq2seq", tokenizer, SPECIAL_IDS, given, options, embeddings, seed)
+    return NewSequenceModel(new.model, tokenizer, data, new.vectors)
 
 
 def character_tokenizer(texts: Sequence[str]) -> Any:

@@ -12,7 +12,6 @@ from ..measure import use_threads
 from .console import note, print_table, resumable, say
 from .evaluate import quality_cells, quality_title
 from .options import DATA, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, WordNet, data_section
-from .train_sequences import train_sequence_model
 
 
 def train(
@@ -73,55 +72,26 @@ def train(
     sparsenlp train out --model seq2seq --data words.tsv --text-column word --text-pair-column phonemes
     sparsenlp prune out pruned --data rotten_tomatoes --sparsity 0.8
     """
-    from ..classifiers import judge, max_tokens, save_model
-    from ..data import tokenize
-    from ..recipe import Data
-    from ..recipe.tasks import labelled_texts
-    from ..scratch import new_classifier
+    from ..recipe import Data, train_new
     from ..sequences import PREDICTORS
-    from ..train import FinetuneConfig, finetune, predict
+    from ..train import FinetuneConfig
 
     config = FinetuneConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output: expected a directory, got a file: {output}")
-    section = data_section(data)
     options = dict(map(_option, option or ()))
-    section |= {"test": None if test is None else str(test), "count": count, "max_length": max_length}
-    section["path"] = None if wordnet is None else str(wordnet)
+    section = data_section(data)
     if "train" in section:
         section |= {"text_column": text_column, "text_pair_column": text_pair_column}
-    if model in PREDICTORS:
-        with use_threads(threads), resumable():
-            train_sequence_model(model, Data(**section), output, config, options, embeddings)
-        _say_next(output, data, text_column, text_pair_column, wordnet)
-        return
-    source = Data(**section, label_column=label_column if "train" in section else None)
-    training, testing, held_out = labelled_texts(source, seed)
-    new = new_classifier(model, training, embeddings, seed, options)
-    if held_out is not None:
-        note(f"no --test: {held_out[0]} of the {held_out[1]} rows are held out for testing")
-    note(f"vocabulary: {len(new.tokenizer)} words and special tokens of {len(training)} texts")
-    if new.vectors is not None:
-        found, words = new.vectors.found, new.vectors.words
-        note(f"word vectors: {embeddings} has {found} of {words} words ({new.vectors.coverage:.1%})")
-    longest = min(max_length, max_tokens(new.model.config, new.tokenizer) or max_length)
-    learning, judging = (tokenize(side, new.tokenizer, longest) for side in (training, testing))
-    state = output / "work" / "train.safetensors"
+        section |= {} if model in PREDICTORS else {"label_column": label_column}
+    section |= {name: str(path) for name, path in (("test", test), ("path", wordnet)) if path is not None}
+    source = Data(**section, count=count, max_length=max_length)
     with use_threads(threads), resumable():
-        finetune(new.model, learning, config, state)
-        quality = judge(predict(new.model, judging), judging.labels)
-    save_model(new.model, output, new.tokenizer)
-    state.unlink()
-    state.parent.rmdir()
+        quality = train_new(model, source, output, config, options, embeddings, note)
     print_table(quality_cells({model: quality}), quality_title(quality))
     say(f"saved: {output}")
-    _say_next(output, data, text_column, text_pair_column, wordnet)
-
-
-def _say_next(output: Path, data: str, text: str, pair: str | None, wordnet: Path | None) -> None:
-    columns = (f" --text-column {text}" if text != "text" else "") + (f" --text-pair-column {pair}" if pair else "")
-    path = f" --wordnet {wordnet}" if wordnet is not None else ""
-    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{columns}{path}")
+    columns = f" --text-column {text_column}" if text_column != "text" else ""
+    columns += f" --text-pair-column {text_pair_column}" if text_pair_column else ""
+    columns += f" --wordnet {wordnet}" if wordnet is not None else ""
+    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{columns}")
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..sequences import Answers, Perplexity
 from .config import Data, FinetuneStage, OneShot, PruneRule, Recipe, Structured
+from .new import train_new
 from .run import RESULT_FILE, Job, Outcome, prepare, run
 from .tasks import UntrainedHead
 
@@ -25,6 +26,7 @@ __all__ = [
     "load_recipe",
     "prepare",
     "run",
+    "train_new",
 ]
 
 

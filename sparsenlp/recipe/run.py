@@ -190,7 +190,7 @@ def _finetune(job: Job, state: Path, note: Note) -> None:
     task, config = job.task, replace(job.recipe.finetune, seed=job.recipe.seed)
     assert isinstance(task, Classification)
     note(f"fine-tuning the dense model first: {task.head.why or 'as asked'} ({config.epochs} epochs)")
-    training.finetune(job.model, task.train, config, state)
+    task.finetune(job.model, config, state)
     save_model(job.model, job.work / "dense", task.tokenizer)
 
 

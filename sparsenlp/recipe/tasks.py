@@ -30,6 +30,7 @@ from ..data.token_labels import predicted_windows, sequence_pairs
 from ..prune import LayerTarget
 from ..prune.layers import FilterFn
 from ..sequences import PREDICTORS, Answers, Perplexity, answers, judge_answers, judge_windows, text_windows
+from ..train import FinetuneConfig
 from .config import LABELLED_TASKS, PAIR_TASKS, Data, OneShot, Recipe
 
 HELD_OUT = 0.1
@@ -94,6 +95,13 @@ class Trained(Task):
     train: TokenizedDataset
     held_out: HeldOut
 
+    def judge(self, outputs: Any, reference: Any = None) -> Judgement:
+        raise NotImplementedError
+
+    def finetune(self, model: nn.Module, config: FinetuneConfig, state: Path) -> None:
+        """Train the dense model; `state` is where an interrupted run waits."""
+        training.finetune(model, self.train, config, state)
+
     def recover(
         self,
         model: nn.Module,
@@ -137,8 +145,8 @@ class Classification(Trained):
 class TokenPrediction(Trained):
     """Of one of our models that predict tokens; `train` has them as labels."""
 
-    def judge(self, outputs: Any, reference: Any = None) -> Perplexity | Answers:
-        raise NotImplementedError
+    def finetune(self, model: nn.Module, config: FinetuneConfig, state: Path) -> None:
+        training.train_sequences(model, self.train, config, state)
 
     def recover(
         self,
