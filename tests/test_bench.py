@@ -291,3 +291,34 @@ def test_perplexity(tmp_path):
     for row in record["targets"]:
         assert row["reached"] == (row["value"] <= row["target"])
     assert "sparsegpt 2:4, perplexity" in {row["title"] for row in record["targets"]}
+
+
+def test_own_models_are_trained_pruned_and_timed(tmp_path):
+    pytest.importorskip("transformers", reason="the models are models of transformers")
+    command = [
+        sys.executable,
+        str(BENCH / "own_models.py"),
+        "--quick",
+        "--only",
+        "textcnn",
+        "seq2seq",
+        "--seconds",
+        "0",
+    ]
+    command += ["--output", str(tmp_path), "--records", str(tmp_path / "runs")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "own_models.json").read_text("utf-8"))
+    assert [row["model"] for row in record["results"]] == ["textcnn", "seq2seq"]
+    for row in record["results"]:
+        assert row["sparsity"] == pytest.approx(0.8, abs=0.02)
+        assert row["converted"] == pytest.approx(row["pruned"], abs=1e-4), "conversion changes nothing"
+        assert [(cell["batch"], cell["tokens"]) for cell in row["latency"]] == [(1, 8), (32, 8)]
+        for cell in row["latency"]:
+            assert cell["sparse_layers"]
+            assert cell["seconds"].keys() == {"eager fp32", "eager bf16", "dynamic int8", "sparse"}
+    assert record["results"][0]["dense"]["accuracy"] == 1
+    assert len(record["targets"]) == 4
+    again = subprocess.run([*command, "--untimed"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr == "", "what is trained is kept"

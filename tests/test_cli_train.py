@@ -41,6 +41,22 @@ def test_train_evaluate_prune_and_load(files, name):
     assert loaded(**inputs).logits.argmax(dim=1).tolist() == [1, 0]
 
 
+def test_a_matcher_of_definitions(files):
+    """24 families of 5 definitions, in a file like WordNet's."""
+    nouns, model, sparse = files / "data.noun", files / "matcher", files / "matcher-sparse"
+    line = "{0:08} 05 n 01 w{0} 0 001 @ {1:08} n 0000 | kind {1} number {0}\n"
+    nouns.write_text("".join(line.format(i, i // 5) for i in range(120)))
+    small = ("--option", "embedding_size=16", "--option", "hidden_size=16", "--option", "comparison=words")
+    data = ("--data", "sibling_definitions", "--wordnet", nouns)
+    result = succeed("train", model, "--model", "matcher", *small, *data, "--epochs", "2", "--lr", "0.01")
+    assert "test examples" in result.stdout
+    assert f"next: sparsenlp prune {model} {model}-sparse --data sibling_definitions --wordnet {nouns}" in result.stdout
+    succeed("prune", model, sparse, *data, "--epochs", "1")
+    record = json.loads((sparse / "sparsenlp.json").read_text())
+    assert record["recipe"]["data"] == {"task": "sibling_definitions", "path": str(nouns)}
+    assert "compare" in {row["name"] for row in record["plan"]["rows"] if row["sparsity"] > 0}
+
+
 def test_the_seed_decides_everything(files):
     weights = []
     for name in ("first", "second"):

@@ -3,13 +3,17 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from sparsenlp.data import pronunciations as module
-from sparsenlp.data.pronunciations import pronunciations, read_pronunciations, word_accuracy
+from sparsenlp.data.pronunciations import pronunciations, read_pronunciations, spelled, word_accuracy
 
 TEXT = "'em AH0 M\na AH0\na(2) EY1\na. EY1\nabbe AE1 B IY0 # place, french\nabbe(2) AE0 B EY1\n"
 
 
 def test_reading():
     assert read_pronunciations(TEXT) == {"a": ["AH0", "EY1"], "abbe": ["AE1 B IY0", "AE0 B EY1"]}
+
+
+def test_letters_and_the_first_pronunciation_make_a_pair():
+    assert spelled(read_pronunciations(TEXT)) == (["a", "a b b e"], ["AH0", "AE1 B IY0"])
 
 
 def test_accuracy_is_of_whole_words():

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from sparsenlp.data import supersense, word_definitions
+from sparsenlp.data import sibling_definitions, supersense, word_definitions
 from sparsenlp.data import wordnet as wordnet_module
 from sparsenlp.data.wordnet import DATA_NOUN, SUPERSENSES, Synset, read_synsets
 
@@ -54,7 +54,7 @@ def test_supersense_keeps_each_hypernym_on_one_side(nouns):
     assert not groups[0] & groups[1]
 
 
-@pytest.mark.parametrize("task", [supersense, word_definitions])
+@pytest.mark.parametrize("task", [supersense, word_definitions, sibling_definitions])
 def test_the_seed_decides(nouns, task):
     assert task(path=nouns) == task(path=nouns) != task(path=nouns, seed=1)
     train, test = task(path=nouns, count=40)
@@ -80,6 +80,18 @@ def test_a_wrong_definition_is_that_of_a_sibling_or_of_the_same_supersense(nouns
             assert f"the {kind} of" in definition
             assert (int(number) == other) == bool(label)
             assert kind == "plant" or int(number) // 3 == other // 3
+
+
+def test_siblings_share_a_hypernym_and_each_definition_has_either_label(nouns):
+    for side in sibling_definitions(path=nouns):
+        assert side.label_names == ["unrelated", "siblings"]
+        assert sum(side.labels) * 2 == len(side)
+        for column in (side.texts, side.text_pairs):
+            assert Counter(zip(column, side.labels, strict=True)).most_common(1)[0][1] == 1
+        for first, second, label in zip(side.texts, side.text_pairs, side.labels, strict=True):
+            assert first != second
+            families = [int(text.split()[-1]) // 3 for text in (first, second)]
+            assert (families[0] == families[1]) == bool(label)
 
 
 def test_a_definition_that_may_fit_too_is_no_negative(tmp_path):

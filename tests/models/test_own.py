@@ -45,11 +45,13 @@ SIZES = {
     "matcher": {"hidden_size": 8, "dense_size": 16},
 }
 DEFAULTS = [Case(name) for name in SIZES]
+WORD_BY_WORD = Case("matcher", {"comparison": "words"})
 CASES = [
     *DEFAULTS,
     Case("birnn", {"cell": "gru", "pooling": "mean", "bidirectional": False}),
     Case("birnn", {"pooling": "last", "num_hidden_layers": 2}),
     Case("birnn", {"cell": "gru", "pooling": "attention"}),
+    WORD_BY_WORD,
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
@@ -121,7 +123,7 @@ def test_it_is_saved_and_loaded(tmp_path, case):
         torch.testing.assert_close(loaded(**inputs).logits, expected)
 
 
-@defaults
+@pytest.mark.parametrize("case", [*DEFAULTS, WORD_BY_WORD], ids=str)
 def test_it_learns(case):
     """Which of two words a text holds; of pairs whether both hold the same one."""
     generator = torch.Generator().manual_seed(0)
