@@ -4,9 +4,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from sparsenlp import SparsifyConfig
-from sparsenlp.prune import NM, Block, LayerTarget
+from sparsenlp.models.own import TOKEN_PRUNING
+from sparsenlp.prune import NM, Block, LayerTarget, prunable
 from sparsenlp.recipe import Recipe, load_recipe
 from sparsenlp.recipe.config import PRUNING, hidden
 from sparsenlp.train import FinetuneConfig, IncrementalConfig, PruningConfig, RecoveryConfig
@@ -102,6 +104,33 @@ def test_values_reach_the_configurations():
     assert (recovery.epochs, recovery.betas, recovery.relations, recovery.seed) == (7, (0.8, 0.9), ("keys",), 3)
     assert recovery.scope == "row", "without a scope that of the criterion"
     assert recipe.convert == SparsifyConfig(token_counts=(1, 2), blocks=((8, 1),), precisions=("int8",))
+
+
+def test_a_head_is_pruned_where_it_is_named():
+    model = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "dense": nn.Linear(8, 8), "lm_head": nn.Linear(8, 8)})
+
+    def chosen(*layers):
+        rule = Recipe.of(with_section("prune", {"layers": layers})).prune
+        return list(prunable(model, rule.filter_fn(model)))
+
+    assert chosen("*") == ["lstm.ih_l0", "lstm.hh_l0", "dense"]
+    assert chosen("lstm.*", "lm_head") == ["lstm.ih_l0", "lstm.hh_l0", "lm_head"]
+    with pytest.raises(ValueError, match=r"prune.layers: expected layers of ModuleDict, as lstm.ih_l0, got lm_\*"):
+        chosen("lm_*")
+
+
+def test_recovery_of_models_that_predict_tokens():
+    recover = dict(TOKEN_PRUNING["recover"])
+    config = Recipe.of(
+        SMALLEST | {"prune": {"sparsity": 0.7}, "recover": recover | {"label_weight": 0.3}}
+    ).token_recovery
+    assert (config.sparsity, config.label_weight, config.learning_rate) == (0.7, 0.3, recover["learning_rate"])
+    for name, value in (("hidden_weight", 1.0), ("spliced", 0.5), ("rewind", True), ("int8_fraction", 0.1)):
+        recipe = Recipe.of(with_section("recover", recover | {name: value}))
+        with pytest.raises(
+            ValueError, match=rf"recover.{name}: expected .* for a model that predicts tokens, got {value}"
+        ):
+            recipe.token_recovery  # noqa: B018
 
 
 def test_layers_may_have_targets_of_their_own():

@@ -147,7 +147,8 @@ class PruneRule:
     pattern, sparsity, criterion, scope, layer_targets   as in PruningConfig, whose defaults None stands for; but
                  without a scope that of the criterion, and without data the criterion "magnitude"; sparsity 0
                  for a model that only loses whole structures
-    layers       names of the layers to prune, with * and ?; None for all but heads, poolers and embeddings
+    layers       names of the layers to prune, with * and ?; None for all. Heads, poolers and embeddings only by their
+                 full names
     """
 
     pattern: Pattern = PruningConfig.pattern
@@ -172,11 +173,13 @@ class PruneRule:
         wanted = self.layers
         if wanted is None:
             return None
-        names = [*prunable(model)]
+        names, every = [*prunable(model)], {*prunable(model, lambda module, name: True)}
         for name in wanted:
-            if not any(fnmatchcase(each, name) for each in names):
+            if name not in every and not any(fnmatchcase(each, name) for each in names):
                 raise ValueError(f"prune.layers: expected layers of {type(model).__name__}, as {names[0]}, got {name}")
-        return lambda module, name: default_filter(module, name) and any(fnmatchcase(name, each) for each in wanted)
+        return lambda module, name: (
+            name in wanted or (default_filter(module, name) and any(fnmatchcase(name, each) for each in wanted))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
