@@ -67,7 +67,7 @@ class Cell:
 
 
 REVIEWS = {"task": "rotten_tomatoes"}
-SIBLINGS = {"task": "sibling_definitions", "count": 20_000}
+SIBLINGS = {"task": "sibling_definitions", "count": 16_000}
 CELLS: dict[str, Cell] = {
     "textcnn": Cell(model="textcnn", data=REVIEWS),
     "birnn": Cell(model="birnn", data=REVIEWS),

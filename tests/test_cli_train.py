@@ -47,13 +47,13 @@ def test_a_matcher_of_definitions(files):
     line = "{0:08} 05 n 01 w{0} 0 001 @ {1:08} n 0000 | kind {1} number {0}\n"
     nouns.write_text("".join(line.format(i, i // 5) for i in range(120)))
     small = ("--option", "embedding_size=16", "--option", "hidden_size=16", "--option", "comparison=words")
-    data = ("--data", "sibling_definitions", "--wordnet", nouns)
+    data = ("--data", "sibling_definitions", "--wordnet", nouns, "--count", "100")
     result = succeed("train", model, "--model", "matcher", *small, *data, "--epochs", "2", "--lr", "0.01")
     assert "test examples" in result.stdout
-    assert f"next: sparsenlp prune {model} {model}-sparse --data sibling_definitions --wordnet {nouns}" in result.stdout
+    assert f"next: sparsenlp prune {model} {model}-sparse {' '.join(map(str, data))}" in result.stdout
     succeed("prune", model, sparse, *data, "--epochs", "1")
     record = json.loads((sparse / "sparsenlp.json").read_text())
-    assert record["recipe"]["data"] == {"task": "sibling_definitions", "path": str(nouns)}
+    assert record["recipe"]["data"] == {"task": "sibling_definitions", "path": str(nouns), "count": 100}
     assert "compare" in {row["name"] for row in record["plan"]["rows"] if row["sparsity"] > 0}
 
 

@@ -17,6 +17,9 @@ TextPairColumn = Annotated[
     str | None, typer.Option(help="Column with a second text, for matching tasks.", show_default=False)
 ]
 MaxLength = Annotated[int, typer.Option(min=2, help="Longer texts are cut to this many tokens.")]
+Count = Annotated[
+    int | None, typer.Option(min=1, help="Training texts of a packaged task. (default: all)", show_default=False)
+]
 WordNet = Annotated[
     Path | None,
     typer.Option(help="WordNet's data.noun, where it is not where Debian has it.", show_default=False),

@@ -10,7 +10,7 @@ import typer
 from ..measure import use_threads
 from .console import note, print_table, resumable, say
 from .evaluate import quality_cells, quality_title
-from .options import DATA, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, WordNet, data_section
+from .options import DATA, Count, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, WordNet, data_section
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -25,6 +25,7 @@ PLACES = {
     "label_column": ("data.label_column",),
     "text_pair_column": ("data.text_pair_column",),
     "wordnet": ("data.path",),
+    "count": ("data.count",),
     "max_length": ("data.max_length",),
     "sparsity": ("prune.sparsity",),
     "pattern": ("prune.pattern",),
@@ -77,6 +78,7 @@ def prune(
     label_column: LabelColumn = "label",
     text_pair_column: TextPairColumn = None,
     wordnet: WordNet = None,
+    count: Count = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of the encoder's weights to remove.")] = 0.9,
     target: Annotated[
         str | None,

@@ -11,7 +11,7 @@ import typer
 from ..measure import use_threads
 from .console import note, print_table, resumable, say
 from .evaluate import quality_cells, quality_title
-from .options import DATA, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, WordNet, data_section
+from .options import DATA, Count, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads, WordNet, data_section
 
 
 def train(
@@ -46,9 +46,7 @@ def train(
         list[str] | None,
         typer.Option(help="Of the model's configuration, as cell=gru; repeatable.", show_default=False),
     ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Training texts of a packaged task. (default: all)", show_default=False)
-    ] = None,
+    count: Count = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per training step.")] = 32,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = 2e-3,
@@ -90,8 +88,8 @@ def train(
     say(f"saved: {output}")
     columns = f" --text-column {text_column}" if text_column != "text" else ""
     columns += f" --text-pair-column {text_pair_column}" if text_pair_column else ""
-    columns += f" --wordnet {wordnet}" if wordnet is not None else ""
-    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{columns}")
+    packaged = (f" --wordnet {wordnet}" if wordnet is not None else "") + (f" --count {count}" if count else "")
+    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{columns}{packaged}")
 
 
 def _option(text: str) -> tuple[str, Any]:
