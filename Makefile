@@ -9,7 +9,7 @@ CUDA := $(if $(shell command -v $(or $(NVCC),nvcc)),$(or $(SPARSENLP_CUDA),1),0)
 BUILT := $(VENV)/.built-$(NATIVE)-$(CUDA)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test test-gpu-sim gpu sanitize emulate lint format bench bench-e2e bench-accuracy demo demo-quick dist clean
+.PHONY: build test test-gpu-sim gpu sanitize emulate lint format bench bench-e2e bench-accuracy bench-models demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -71,6 +71,10 @@ bench-e2e: build
 # Some hours, unless runs/accuracy holds what was done before. BENCH=--full adds criteria and patterns.
 bench-accuracy: build
 	$(BIN)/python bench/accuracy.py --jobs 2 $(BENCH)
+
+# A quarter of an hour, unless runs/own_models holds what was done before.
+bench-models: build
+	$(BIN)/python bench/own_models.py $(BENCH)
 
 demo: build
 	$(BIN)/sparsenlp demo

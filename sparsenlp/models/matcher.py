@@ -15,7 +15,7 @@ from .words import WordModel, classes_of, gather_tokens, scatter_tokens, token_m
 @strict
 class MatcherConfig(BiRnnConfig):
     """comparison   "vectors": of the texts' vectors alone, so that each text can be read once and kept; "words": each
-                 word is first compared with those of the other text that are most like it
+                 word is first compared with those of the other text that are most like it, without `pooling`
     dense_size   of the layer between the comparison and the classes, and of a compared word
     """
 
