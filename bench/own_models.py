@@ -76,13 +76,13 @@ CELLS: dict[str, Cell] = {
     "matcher, words": Cell(model="matcher", data=SIBLINGS, epochs=2, options={"comparison": "words"}),
     "lstm-lm": Cell(
         model="lstm-lm",
-        data=REVIEWS | {"count": 3000},
+        data=REVIEWS | {"count": 2000},
         recovery=3,
         options={"embedding_size": 256, "hidden_size": 256},
     ),
     "seq2seq": Cell(
         model="seq2seq",
-        data={"task": "pronunciations", "count": 20_000, "max_length": 24},
+        data={"task": "pronunciations", "count": 16_000, "max_length": 24},
         recovery=3,
         tokens=8,
         options={"hidden_size": 256},
@@ -113,7 +113,9 @@ def main() -> int:
     if not arguments.untimed:
         targets = judge(rows)
         show_targets(targets, arguments.threads)
-        write_record(arguments.output / "own_models.json", threads=arguments.threads, targets=targets, results=rows)
+        missing = [name for name in cells if name not in done]
+        record = {"threads": arguments.threads, "missing": missing, "targets": targets, "results": rows}
+        write_record(arguments.output / "own_models.json", **record)
     return 0
 
 
