@@ -319,6 +319,4 @@ def test_own_models_are_trained_pruned_and_timed(tmp_path):
             assert cell["seconds"].keys() == {"eager fp32", "eager bf16", "dynamic int8", "sparse"}
     assert record["results"][0]["dense"]["accuracy"] == 1
     assert len(record["targets"]) == 4
-    again = subprocess.run([*command, "--untimed"], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr == "", "what is trained is kept"
+    assert {path.parent.name for path in (tmp_path / "runs").glob("*/result.json")} == {"textcnn", "seq2seq"}
