@@ -77,6 +77,7 @@ CELLS: dict[str, Cell] = {
     "lstm-lm": Cell(
         model="lstm-lm",
         data=REVIEWS | {"count": 2000},
+        epochs=15,
         recovery=3,
         options={"embedding_size": 256, "hidden_size": 256},
     ),
