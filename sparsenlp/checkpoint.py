@@ -3,7 +3,8 @@
 Format version 1. config.json holds, under `quantization_config`, quant_method "sparsenlp",
 format_version, and `modules`: for every sparse linear layer
 
-    block [n, k], shape [N, K], nnz_blocks, bias (bool), activation, dtype, crc32
+    shape [N, K], bias (bool), activation, dtype, crc32
+    block [n, k] and nnz_blocks of a SparseLinear, pattern [n, m] of an NMLinear
     for int8 weights also int8 (true) and input_scale (number or null)
 
 and model.safetensors holds for each of them
@@ -11,6 +12,10 @@ and model.safetensors holds for each of them
     <name>.values        (nnz_blocks, n, k)  dtype, or int8   canonical BSR: each block row-major
     <name>.crow_indices  (N / n + 1,)        int32
     <name>.col_indices   (nnz_blocks,)       int16 where K / k <= 32768, else int32
+    or, of an NMLinear,
+    <name>.values        (N, K / m * n)      dtype, or int8
+    <name>.indices       (N, K / m * n)      uint8
+
     <name>.scales        (N,)                float32  where `int8` is true
     <name>.bias          (N,)                dtype   where `bias` is true
 
@@ -30,14 +35,10 @@ A transformers model whose layers have lost heads or neurons in a way that its c
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,16 +48,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .formats import BlockSparse
-from .formats.block import INDEX_DTYPE
-from .layers import SparseLinear
+from .layer_entries import NAME, BlockEntry, CheckpointError, LayerEntry, describe, is_count, parse_entry, read_layer
 from .layers.composite import Twin, replace_modules, split_composites_
 from .layers.encoder import FUSED_PRECISIONS
+from .layers.quantizable import Quantizable
 from .layers.recurrent import SparseRecurrent
 from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
 from .models.structure import structure_of
-from .ops.bsr_linear import ACTIVATIONS
 from .ops.encoder_layer import TILES
 from .report import is_masked
 
@@ -64,40 +63,7 @@ METHOD = "sparsenlp"
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-INT8_FIELDS = ("int8", "input_scale")
 STRUCTURE_FIELDS = ("heads", "neurons")
-NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted: corrupt, incomplete, inconsistent or of an unknown version."""
-
-
-@dataclass(frozen=True)
-class LayerEntry:
-    """What config.json says about one sparse layer; see the module's docstring."""
-
-    block: tuple[int, int]
-    shape: tuple[int, int]
-    nnz_blocks: int
-    bias: bool
-    activation: str
-    dtype: str
-    crc32: int
-    int8: bool = False
-    input_scale: float | None = None
-
-    @property
-    def column_dtype(self) -> torch.dtype:
-        """Of col_indices on disk."""
-        return torch.int16 if self.shape[1] // self.block[1] <= 2**15 else INDEX_DTYPE
-
-    def tensor_names(self, name: str) -> list[str]:
-        """In the order of crc32."""
-        parts = ["values", "crow_indices", "col_indices"]
-        parts += ["scales"] * self.int8 + ["bias"] * self.bias
-        return [f"{name}.{part}" for part in parts]
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> Path:
@@ -170,7 +136,7 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
     Raises ValueError if a layer carries a mask, the state holds something other than tensors, or the name
     of a sparse layer has characters other than letters, digits, "_", "-" and dots between.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizable)}
     for name, module in model.named_modules():
         if is_masked(module):
             raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got a mask on {name}")
@@ -184,13 +150,7 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
         if keep_tied or id(tensor) not in seen:
             seen.add(id(tensor))
             state[name] = tensor.detach().cpu().contiguous()
-    entries = {}
-    for name, layer in layers.items():
-        entry = _describe(layer)
-        state[f"{name}.col_indices"] = state[f"{name}.col_indices"].to(entry.column_dtype)
-        crc32 = _crc32(state[tensor_name] for tensor_name in entry.tensor_names(name))
-        written = {key: value for key, value in asdict(entry).items() if entry.int8 or key not in INT8_FIELDS}
-        entries[name] = {**written, "block": list(entry.block), "shape": list(entry.shape), "crc32": crc32}
+    entries = {name: describe(name, layer, state) for name, layer in layers.items()}
     description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
     optional = {
         "fused_encoders": fused_options(model),
@@ -221,7 +181,7 @@ def parse_description(description: Any, where: str = CONFIG_FILE) -> dict[str, L
         raise CheckpointError(f"{where}: expected format_version {FORMAT_VERSION}, got {version!r}")
     if not isinstance(modules, Mapping):
         raise CheckpointError(f"{where}: expected modules to be an object, got {type(modules).__name__}")
-    return {name: _parse_entry(name, entry, where) for name, entry in modules.items()}
+    return {name: parse_entry(name, entry, where) for name, entry in modules.items()}
 
 
 def parse_fused(description: Any, where: str = CONFIG_FILE) -> dict[str, FusionOptions]:
@@ -252,15 +212,15 @@ def parse_structure(description: Any, where: str = CONFIG_FILE) -> dict[str, lis
             f"{where}: expected structure with {' and '.join(STRUCTURE_FIELDS)}, got {structure!r:.200}"
         )
     for field, numbers in structure.items():
-        if not isinstance(numbers, list | tuple) or not all(_is_count(n) and n for n in numbers):
+        if not isinstance(numbers, list | tuple) or not all(is_count(n) and n for n in numbers):
             raise CheckpointError(f"{where}: expected {field} as a list of positive numbers, got {numbers!r:.200}")
     return {field: [*numbers] for field, numbers in structure.items()}
 
 
-def read_layers(files: Iterable[str | os.PathLike], entries: Mapping[str, LayerEntry]) -> dict[str, BlockSparse]:
+def read_layers(files: Iterable[str | os.PathLike], entries: Mapping[str, LayerEntry]) -> dict[str, Any]:
     """The checked weights of all sparse layers, or CheckpointError naming file and layer."""
     with open_tensors(files) as tensors:
-        return {name: _read_layer(name, entry, tensors) for name, entry in entries.items()}
+        return {name: read_layer(name, entry, tensors) for name, entry in entries.items()}
 
 
 class TensorFiles:
@@ -311,6 +271,8 @@ def check_composites(model: nn.Module, entries: Mapping[str, LayerEntry], where:
             raise CheckpointError(f"{where}: expected all matrices of {name} or none, got none for {missing}")
         first = found[own[0]]
         for matrix, entry in found.items():
+            if not isinstance(entry, BlockEntry):
+                raise CheckpointError(f"{where}: expected {matrix} in blocks, got a pattern")
             wanted, got = ((e.dtype, e.int8, e.activation, e.input_scale) for e in (first, entry))
             if got != wanted or entry.activation != "none" or entry.input_scale is not None:
                 raise CheckpointError(
@@ -329,86 +291,6 @@ def linear_for(model: nn.Module, name: str, entry: LayerEntry, where: str) -> nn
     if (module.bias is not None) != entry.bias:
         raise CheckpointError(f"{where}: expected {name} with bias={module.bias is not None}, got {entry.bias}")
     return module
-
-
-def _describe(layer: SparseLinear) -> LayerEntry:
-    weight = layer.weight
-    int8 = weight.scales is not None
-    own = layer.bias if int8 else weight.values
-    dtype = "float32" if own is None else str(own.dtype).removeprefix("torch.")
-    has_bias = layer.bias is not None
-    described = (weight.block, weight.shape, weight.nnz_blocks, has_bias, layer.activation, dtype)
-    return LayerEntry(*described, crc32=0, int8=int8, input_scale=layer.input_scale)
-
-
-def _crc32(tensors: Iterable[Tensor]) -> int:
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc
-
-
-def _parse_entry(name: Any, entry: Any, where: str) -> LayerEntry:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise CheckpointError(f"{where}: expected a module name like encoder.0.fc1, got {name!r}")
-    names = {field.name for field in fields(LayerEntry)} - set(INT8_FIELDS)
-    if isinstance(entry, Mapping) and "int8" in entry:
-        names |= set(INT8_FIELDS)
-    if not isinstance(entry, Mapping) or entry.keys() != names:
-        raise CheckpointError(f"{where}: {name}: expected the fields {sorted(names)}, got {entry!r:.200}")
-    checks = {
-        "block": _is_pair(entry["block"]) and min(entry["block"]) >= 1,
-        "shape": _is_pair(entry["shape"]),
-        "nnz_blocks": _is_count(entry["nnz_blocks"]),
-        "bias": isinstance(entry["bias"], bool),
-        "activation": isinstance(entry["activation"], str) and entry["activation"] in ACTIVATIONS,
-        "dtype": isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES,
-        "crc32": _is_count(entry["crc32"]),
-    }
-    if "int8" in entry:
-        checks |= {"int8": entry["int8"] is True, "input_scale": _is_input_scale(entry["input_scale"])}
-    for field, valid in checks.items():
-        if not valid:
-            raise CheckpointError(f"{where}: {name}: expected a valid {field}, got {entry[field]!r:.200}")
-    return LayerEntry(**{**entry, "block": tuple(entry["block"]), "shape": tuple(entry["shape"])})
-
-
-def _is_input_scale(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
-
-
-def _read_layer(name: str, entry: LayerEntry, files: TensorFiles) -> BlockSparse:
-    """One checked weight, its columns widened to int32."""
-    n, k = entry.block
-    wanted = {
-        "values": ((entry.nnz_blocks, n, k), torch.int8 if entry.int8 else DTYPES[entry.dtype]),
-        "crow_indices": ((entry.shape[0] // n + 1,), INDEX_DTYPE),
-        "col_indices": ((entry.nnz_blocks,), entry.column_dtype),
-        "scales": ((entry.shape[0],), torch.float32),
-        "bias": ((entry.shape[0],), DTYPES[entry.dtype]),
-    }
-    tensors = {full.rpartition(".")[2]: files.read(full) for full in entry.tensor_names(name)}
-    for part, tensor in tensors.items():
-        got = (tuple(tensor.shape), tensor.dtype)
-        if got != wanted[part]:
-            raise CheckpointError(f"{files.where}: {name}: expected {part} of {wanted[part]}, got {got}")
-    columns = tensors["col_indices"].to(INDEX_DTYPE)
-    weight = BlockSparse(tensors["crow_indices"], columns, tensors["values"], entry.shape, tensors.get("scales"))
-    try:
-        weight.validate()
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{files.where}: {name}: {error}") from None
-    if (crc32 := _crc32(tensors.values())) != entry.crc32:
-        raise CheckpointError(f"{files.where}: {name}: expected crc32 {entry.crc32}, got {crc32}; the data is corrupt")
-    return weight
 
 
 def _fill(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry]) -> nn.Module:
@@ -435,13 +317,13 @@ def _fill_split(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry])
     inside = {f"{name}.{part}" for name, m in modules.items() if id(m) in replaced for part in ("weight", "bias")}
     dense = {name: tensor for name, tensor in state.items() if name not in inside}
     with open_tensors([file]) as tensors:
-        weights = {name: _read_layer(name, entry, tensors) for name, entry in entries.items()}
+        weights = {name: read_layer(name, entry, tensors) for name, entry in entries.items()}
         biases = {name: tensors.read(f"{name}.bias") for name, entry in entries.items() if entry.bias}
         sparse_names = {full for name, entry in entries.items() for full in entry.tensor_names(name)}
         values = _read_dense(dense, tensors, sparse_names)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, linear in linears.items():
-        layer = SparseLinear.from_weight(weights[name], biases.get(name), entries[name].activation)
+        layer = entries[name].layer.from_weight(weights[name], biases.get(name), entries[name].activation)
         layer.input_scale = entries[name].input_scale
         layer.requires_grad_(linear.weight.requires_grad and not entries[name].int8)
         replacements[linear] = layer.train(linear.training)

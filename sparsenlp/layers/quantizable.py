@@ -14,6 +14,7 @@ Layer = TypeVar("Layer", bound="Quantizable")
 class Quantizable(nn.Module):
     """A layer of a sparse format with `quantize`; it keeps `scales`, None without int8 weights, in float32."""
 
+    values: nn.Parameter
     scales: Tensor | None
     bias: nn.Parameter | None
     activation: str
@@ -25,6 +26,9 @@ class Quantizable(nn.Module):
 
     @property
     def weight(self) -> Any:
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Linear:
         raise NotImplementedError
 
     def quantize(self: Layer, input_scale: float | None = None) -> Layer:

@@ -34,8 +34,10 @@ from ..checkpoint import (
     to_disk,
 )
 from ..formats.block import INDEX_DTYPE
-from ..layers import SparseLinear
+from ..layers import NMLinear, SparseLinear
 from ..layers.composite import join_composites_, replace_modules, split_composites_
+from ..layers.quantizable import Quantizable
+from ..ops.nm_linear import pack
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
 from .own import own_class
@@ -106,24 +108,14 @@ class SparseNlpQuantizer(HfQuantizer):
             if (target := local[name]) is None:  # belongs to a head that this class does not have
                 continue
             linear = linear_for(model, target, entry, where)
-            layer = SparseLinear(
-                linear.in_features,
-                linear.out_features,
-                entry.block,
-                entry.nnz_blocks,
-                entry.bias,
-                entry.activation,
-                entry.int8,
-                device="meta",
-                dtype=linear.weight.dtype,
-            )
+            layer = entry.empty_layer(linear.weight.dtype)
             layer.input_scale = entry.input_scale
             if (scales := weights[name].scales) is not None:
                 self._scales[layer] = scales
             replacements[linear] = layer
         replace_modules(model, replacements)
         for module in model.modules():
-            if any(isinstance(child, SparseLinear) for child in module.children()):
+            if any(isinstance(child, Quantizable) for child in module.children()):
                 module._is_hf_initialized = True  # type: ignore[assignment]  # GPT-2's modules fill their children's weights
         return model
 
@@ -131,8 +123,10 @@ class SparseNlpQuantizer(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, SparseLinear):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
-                if layer in self._scales:  # transformers casts them to the model's dtype
-                    layer.scales = self._scales.pop(layer).to(layer.values.device)
+            if isinstance(layer, NMLinear):
+                layer.packed = pack(layer.indices, layer.pattern)
+            if isinstance(layer, Quantizable) and layer in self._scales:  # transformers casts them to the model's dtype
+                layer.scales = self._scales.pop(layer).to(layer.values.device)
         fused = parse_fused(self.quantization_config.to_dict()).items()
         fuse_again_(model, {_local_name(model, name) or name: options for name, options in fused})
         if getattr(self.quantization_config, "fused_decoder", False):
@@ -164,7 +158,7 @@ class SparseNlpQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Dense nn.Linear layers with zeros again."""
-        sparse = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+        sparse = [layer for layer in model.modules() if isinstance(layer, Quantizable)]
         replace_modules(model, {layer: layer.to_dense() for layer in sparse})
         join_composites_(model)
         return model if dtype is None else model.to(dtype)
@@ -190,14 +184,14 @@ def detach(model: Any) -> None:
     """Undo `attach`, where no sparse layer needs it: model.save_pretrained writes an ordinary directory again."""
     if not isinstance(getattr(model, "hf_quantizer", None), SparseNlpQuantizer):
         return
-    if not any(isinstance(module, SparseLinear) for module in model.modules()):
+    if not any(isinstance(module, Quantizable) for module in model.modules()):
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
 
 
 def save(model: Any, directory: Path) -> None:
     """Weights and config of a transformers model, in one file each; an ordinary directory if no layer needs more."""
-    if structure_of(model) or any(isinstance(module, SparseLinear) for module in model.modules()):
+    if structure_of(model) or any(isinstance(module, Quantizable) for module in model.modules()):
         attach(model)
     model.save_pretrained(directory, max_shard_size="1000GB", save_original_format=False)
 

@@ -1,0 +1,213 @@
+"""What a checkpoint says of each sparse linear layer, and the checks of its tensors; checkpoint.py has the format."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .formats import NM, BlockSparse
+from .formats.block import INDEX_DTYPE
+from .formats.nm import INDEX_DTYPE as NM_INDEX_DTYPE
+from .layers import NMLinear, SparseLinear
+from .layers.quantizable import Quantizable
+from .ops.bsr_linear import ACTIVATIONS
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+INT8_FIELDS = ("int8", "input_scale")
+PAIRS = ("block", "pattern", "shape")
+NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted: corrupt, incomplete, inconsistent or of an unknown version."""
+
+
+class Tensors(Protocol):
+    """Named tensors of files, and the files' names for errors."""
+
+    where: str
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEntry:
+    """What all sparse linear layers have in config.json."""
+
+    layer: ClassVar[type[Quantizable]]
+
+    shape: tuple[int, int]
+    bias: bool
+    activation: str
+    dtype: str
+    crc32: int
+    int8: bool = False
+    input_scale: float | None = None
+
+    @property
+    def content(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype on disk of values and indices, by name."""
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype on disk of all tensors, in the order of crc32."""
+        rows = (self.shape[0],)
+        scales = {"scales": (rows, torch.float32)} if self.int8 else {}
+        return {**self.content, **scales, **({"bias": (rows, DTYPES[self.dtype])} if self.bias else {})}
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        return torch.int8 if self.int8 else DTYPES[self.dtype]
+
+    def tensor_names(self, name: str) -> list[str]:
+        """In the order of crc32."""
+        return [f"{name}.{part}" for part in self.tensors]
+
+    def weight(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The weight of these tensors; not checked."""
+        raise NotImplementedError
+
+    def empty_layer(self, dtype: torch.dtype) -> Any:
+        """The layer on the meta device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockEntry(LayerEntry):
+    layer = SparseLinear
+
+    block: tuple[int, int]
+    nnz_blocks: int
+
+    @property
+    def content(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, k = self.block
+        column_dtype = torch.int16 if self.shape[1] // k <= 2**15 else INDEX_DTYPE
+        return {
+            "values": ((self.nnz_blocks, n, k), self.value_dtype),
+            "crow_indices": ((self.shape[0] // n + 1,), INDEX_DTYPE),
+            "col_indices": ((self.nnz_blocks,), column_dtype),
+        }
+
+    def weight(self, tensors: Mapping[str, Tensor]) -> BlockSparse:
+        columns = tensors["col_indices"].to(INDEX_DTYPE)
+        return BlockSparse(tensors["crow_indices"], columns, tensors["values"], self.shape, tensors.get("scales"))
+
+    def empty_layer(self, dtype: torch.dtype) -> SparseLinear:
+        sizes = (self.shape[1], self.shape[0], self.block, self.nnz_blocks)
+        return SparseLinear(*sizes, self.bias, self.activation, self.int8, device="meta", dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NMEntry(LayerEntry):
+    layer = NMLinear
+
+    pattern: tuple[int, int]
+
+    @property
+    def content(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, m = self.pattern
+        stored = (self.shape[0], self.shape[1] // m * n)
+        return {"values": (stored, self.value_dtype), "indices": (stored, NM_INDEX_DTYPE)}
+
+    def weight(self, tensors: Mapping[str, Tensor]) -> NM:
+        return NM(tensors["values"], tensors["indices"], self.shape, self.pattern, tensors.get("scales"))
+
+    def empty_layer(self, dtype: torch.dtype) -> NMLinear:
+        sizes = (self.shape[1], self.shape[0], self.pattern)
+        return NMLinear(*sizes, self.bias, self.activation, self.int8, device="meta", dtype=dtype)
+
+
+def describe(name: str, layer: Quantizable, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The entry of a layer for config.json; its tensors in `state` get their dtypes on disk."""
+    weight = layer.weight
+    int8 = weight.scales is not None
+    own = layer.bias if int8 else weight.values
+    common: dict[str, Any] = {
+        "shape": weight.shape,
+        "bias": layer.bias is not None,
+        "activation": layer.activation,
+        "dtype": "float32" if own is None else str(own.dtype).removeprefix("torch."),
+        "crc32": 0,
+        "int8": int8,
+        "input_scale": layer.input_scale,
+    }
+    entry: LayerEntry
+    if isinstance(layer, NMLinear):
+        entry = NMEntry(**common, pattern=weight.pattern)
+    else:
+        entry = BlockEntry(**common, block=weight.block, nnz_blocks=weight.nnz_blocks)
+    for part, (_, dtype) in entry.content.items():
+        state[f"{name}.{part}"] = state[f"{name}.{part}"].to(dtype)
+    written = {key: value for key, value in asdict(entry).items() if int8 or key not in INT8_FIELDS}
+    written |= {key: [*written[key]] for key in PAIRS if key in written}
+    return {**written, "crc32": _crc32(state[full] for full in entry.tensor_names(name))}
+
+
+def parse_entry(name: Any, entry: Any, where: str) -> LayerEntry:
+    """The entry of a layer, or CheckpointError; `where` begins the message."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise CheckpointError(f"{where}: expected a module name like encoder.0.fc1, got {name!r}")
+    kind = NMEntry if isinstance(entry, Mapping) and "pattern" in entry else BlockEntry
+    names = {field.name for field in fields(kind)} - set(INT8_FIELDS)
+    if isinstance(entry, Mapping) and "int8" in entry:
+        names |= set(INT8_FIELDS)
+    if not isinstance(entry, Mapping) or entry.keys() != names:
+        raise CheckpointError(f"{where}: {name}: expected the fields {sorted(names)}, got {entry!r:.200}")
+    checks = {
+        "block": lambda v: _is_pair(v) and min(v) >= 1,
+        "pattern": lambda v: _is_pair(v) and 0 < v[0] <= v[1] <= 256,
+        "shape": _is_pair,
+        "nnz_blocks": is_count,
+        "bias": lambda v: isinstance(v, bool),
+        "activation": lambda v: isinstance(v, str) and v in ACTIVATIONS,
+        "dtype": lambda v: isinstance(v, str) and v in DTYPES,
+        "crc32": is_count,
+        "int8": lambda v: v is True,
+        "input_scale": lambda v: v is None or (type(v) in (int, float) and 0 < v < math.inf),
+    }
+    for field, valid in checks.items():
+        if field in entry and not valid(entry[field]):
+            raise CheckpointError(f"{where}: {name}: expected a valid {field}, got {entry[field]!r:.200}")
+    read: dict[str, Any] = {key: tuple(value) if key in PAIRS else value for key, value in entry.items()}
+    return kind(**read)
+
+
+def read_layer(name: str, entry: LayerEntry, files: Tensors) -> Any:
+    """One checked weight, or CheckpointError naming file and layer."""
+    tensors = {part: files.read(f"{name}.{part}") for part in entry.tensors}
+    for part, wanted in entry.tensors.items():
+        got = (tuple(tensors[part].shape), tensors[part].dtype)
+        if got != wanted:
+            raise CheckpointError(f"{files.where}: {name}: expected {part} of {wanted}, got {got}")
+    weight = entry.weight(tensors)
+    try:
+        weight.validate()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{files.where}: {name}: {error}") from None
+    if (crc32 := _crc32(tensors.values())) != entry.crc32:
+        raise CheckpointError(f"{files.where}: {name}: expected crc32 {entry.crc32}, got {crc32}; the data is corrupt")
+    return weight
+
+
+def _crc32(tensors: Iterable[Tensor]) -> int:
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_count, value))
