@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .bsr_linear import DTYPES
 from .bsr_linear_product import compiler_options
-from .launch import INTERPRETED, Device, Launch, run, tuned
+from .launch import INTERPRETED, Device, Launch, check_countable, run, tuned
 
 MOST_WIDTH = 256
 
@@ -352,5 +352,13 @@ def check(
             f"{op}: expected crow_indices of {block_rows} block rows for 1 or {heads} heads, "
             f"got shape {tuple(crow_indices.shape)}"
         )
+    sizes = {
+        "queries": queries,
+        "keys": keys,
+        "stored blocks": col_indices.numel(),
+        "pairs in patterns": patterns.numel(),
+        "tiles of 16 queries or keys": batch * heads * triton.cdiv(max(queries, keys), 16),
+    }
+    check_countable(op, sizes, f"split query of shape {tuple(query.shape)} by batch or heads")
     if key_mask is not None and key_mask.shape != (batch, keys):
         raise ValueError(f"{op}: expected key_mask of shape {(batch, keys)}, got {tuple(key_mask.shape)}")

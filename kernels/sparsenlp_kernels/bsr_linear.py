@@ -18,12 +18,10 @@ from torch import Tensor
 from .bsr_linear_backward import plan_dgrad, plan_wgrad
 from .bsr_linear_int8 import COLUMNS, plan_quantize
 from .bsr_linear_product import Epilogue, Pattern, gathers, plan_product
-from .launch import INTERPRETED, Device, Launch, run
+from .launch import INTERPRETED, Device, Launch, check_countable, run
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-COUNTABLE = 2**30
-"""Sizes below this, and their sums, are counted in 32 bits; addresses have 64."""
 INT8_UNIT = 4
 
 
@@ -193,12 +191,7 @@ def _check_pattern(
         "stored blocks": col_indices.shape[0],
         "tiles of 16 tokens and 8 rows": tokens // 16 * block_rows * ((n + 7) // 8),
     }
-    for what, size in sizes.items():
-        if size >= COUNTABLE:
-            raise ValueError(
-                f"{op}: expected fewer than {COUNTABLE} {what}, got {size}; split {name} of shape {tuple(x.shape)} "
-                "or the weight"
-            )
+    check_countable(op, sizes, f"split {name} of shape {tuple(x.shape)} or the weight")
 
 
 def _check_like(op: str, name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -15,6 +15,17 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
 
 
+COUNTABLE = 2**30
+"""Sizes below this, and their sums, are counted in 32 bits; addresses have 64."""
+
+
+def check_countable(op: str, sizes: dict[str, int], remedy: str) -> None:
+    """Raise ValueError unless all sizes, by what they count, are below COUNTABLE."""
+    for what, size in sizes.items():
+        if size >= COUNTABLE:
+            raise ValueError(f"{op}: expected fewer than {COUNTABLE} {what}, got {size}; {remedy}")
+
+
 @dataclass(frozen=True)
 class Device:
     """The GPU that a launch is planned for."""

@@ -8,6 +8,7 @@ Both get the products of all inputs from bsr_linear. Compiled and simulated, not
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from .. import triton_kernels
 from . import recurrent_cuda
+
+COUNTABLE = 2**30
+"""Tokens are fewer: kernels count them in 32 bits; addresses have 64."""
 
 
 class Direction(NamedTuple):
@@ -77,6 +81,8 @@ def why_not(backend: str, x: Tensor, h0: Tensor, hidden: int, values: list[Tenso
         return f"expected x in float32, float16 or bfloat16, got {x.dtype}"
     if any(v.dtype == torch.int8 for v in values):
         return "expected weights that are not int8"
+    if (tokens := math.prod(x.shape[:-1])) >= COUNTABLE:
+        return f"expected fewer than {COUNTABLE} tokens, got {tokens} (run fewer sequences at once)"
     if len(values) != 2 * directions or size != hidden:
         return "expected no projection"
     for n in {v.shape[1] for v in values[1::2]}:

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from sparsenlp import NMLinear, native_cuda
 from sparsenlp.formats import NM
-from sparsenlp.ops import nm_linear, nm_linear_cuda
+from sparsenlp.ops import nm_linear, nm_linear_cuda, recurrent_cuda
 from sparsenlp.ops.nm_linear import pack
 
 HALF = torch.float16
@@ -71,6 +71,16 @@ def test_a_gpu_without_the_library_is_an_error(monkeypatch):
 def test_what_no_kernel_takes_is_an_error(case, message, backend, library):
     with on_fake_gpu(case) as (x, weight), pytest.raises(RuntimeError, match=message):
         nm_linear(x, weight, backend=backend)
+
+
+def test_sizes_that_32_bits_cannot_count(library):
+    with FakeTensorMode():
+        x, values = torch.empty(1 << 31, 64, dtype=HALF, device="cuda"), torch.empty(24, 32, dtype=HALF, device="cuda")
+        weight = NM(values, torch.empty(24, 32, dtype=torch.uint8, device="cuda"), (24, 64), (2, 4))
+        with pytest.raises(
+            RuntimeError, match=r"expected sizes up to .*, got 2147483648 tokens and a weight of 24 x 64"
+        ):
+            nm_linear(x, weight)
 
 
 def test_the_layer_says_so_too(library):
@@ -139,12 +149,20 @@ def test_tensors_that_do_not_fit(change, message):
 
 
 @pytest.mark.skipif(not native_cuda.available, reason=native_cuda.why_unavailable)
-def test_a_failed_launch_names_the_code(monkeypatch):
+@pytest.mark.parametrize(
+    ("function", "unknown"),
+    [
+        ("sparsenlp_nm_linear", nm_linear_cuda.Arguments(M=1, N=1, K=32, dtype=0, y_dtype=0)),
+        ("sparsenlp_sparse_lstm", recurrent_cuda.Arguments(dtype=9)),
+        ("sparsenlp_sparse_gru", recurrent_cuda.Arguments(dtype=9)),
+    ],
+    ids=["nm_linear", "sparse_lstm", "sparse_gru"],
+)
+def test_a_failed_launch_names_the_code(function, unknown, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    unknown = nm_linear_cuda.Arguments(M=1, N=1, K=32, dtype=0, y_dtype=0)
     with pytest.raises(RuntimeError, match=r"^here: the launch failed with CUDA error 1, invalid argument"):
-        native_cuda.launch("sparsenlp_nm_linear", torch.device("cuda", 0), unknown, 0, "here")
+        native_cuda.launch(function, torch.device("cuda", 0), unknown, 0, "here")
 
 
 def test_a_library_that_does_not_load(monkeypatch, tmp_path):

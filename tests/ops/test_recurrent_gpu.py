@@ -78,6 +78,14 @@ def test_what_no_kernel_takes_is_an_error(case, backend, message, library):
         choose(case, backend)
 
 
+@pytest.mark.parametrize("backend", [None, "triton", "cuda"])
+def test_sizes_that_32_bits_cannot_count(backend, library):
+    with on_fake_gpu(LSTM) as (x, _, _, _, values, _, _, h0, *_):
+        long = x.new_empty(1 << 29, 2, x.shape[-1])
+        with pytest.raises(RuntimeError, match=r"expected fewer than 1073741824 tokens, got 1073741824|CUDA library"):
+            recurrent_gpu.choose(LSTM.op, long, h0, LSTM.hidden, values, backend)
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_gpu_backend_wants_a_gpu(backend):
     with pytest.raises(RuntimeError, match=f"{backend!r} cannot run: expected x on a CUDA device, got cpu"):
