@@ -17,12 +17,11 @@ from torch import Tensor
 
 from .bsr_linear_backward import plan_dgrad, plan_wgrad
 from .bsr_linear_int8 import COLUMNS, plan_quantize
-from .bsr_linear_product import Epilogue, Pattern, gathers, plan_product
+from .bsr_linear_product import INT8_UNIT, Epilogue, Pattern, gathers, plan_product
 from .launch import INTERPRETED, Device, Launch, check_countable, run
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INT8_UNIT = 4
 
 
 def bsr_linear(

@@ -12,6 +12,10 @@ row of x, where BLOCK_K divides k; for any other block (8x1, 4x4, ...) it gather
 several blocks. It multiplies by `tl.dot` (tensor cores; FMA for float32, unless TF32 is allowed), or, for few tokens,
 by FMA in registers, where a token does not take the place of 16.
 
+Where a dot gathers columns, each is contiguous, tokens last, so that threads that follow each other read neighbours.
+Of int8 that holds for units of 4 columns: tensor cores take int8 with the columns of a token side by side, in units of
+4, and an asynchronous copy moves no fewer than 4 bytes.
+
 Source: BSR after Gray, Radford, Kingma 2017, "GPU Kernels for Block-Sparse Weights"; the gather of columns after
 Chen et al. 2021, "Efficient Tensor Core-Based GPU Kernels for Structured Sparsity", doi:10.1145/3458817.3476182;
 equal shares of the work after Osama et al. 2023, "Stream-K", arXiv:2301.03598.
@@ -30,6 +34,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Device, Launch, tuned
+
+INT8_UNIT = 4
+"""Columns of int8 that stay side by side; k of a block is a multiple."""
 
 
 @triton.jit
@@ -53,20 +60,24 @@ def _step(
     start,
     stored,
     step,
+    x_stride_k,
     K: tl.constexpr,
     STRIDE_P: tl.constexpr,
     STRIDE_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """(columns of x [BK], their offsets in values [BK], which of them exist [BK]) of a step.
+    """(offsets in a row of x [BK], offsets in values [BK], which columns exist [BK]) of a step.
 
-    Column t of the blocks from `start` on is column t % K of block start + t // K.
+    Column t of the blocks from `start` on is column t % K of block start + t // K. UNIT columns of x lie side by side,
+    and x_stride_k is counted in them.
     """
     if K % BLOCK_K == 0:  # one block
         p = start + step // (K // BLOCK_K)
         inner = tl.cast(step % (K // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K), tl.int64)  # [BK]
         exists = tl.full((BLOCK_K,), True, tl.int1)  # [BK]
         block_column = tl.load(col_ptr + p)
+        unit, within = inner, 0
         place = p
         if order_ptr is not None:
             place = tl.load(order_ptr + p)
@@ -76,11 +87,12 @@ def _step(
         p = start + t // K  # [BK]
         inner = tl.cast(t % K, tl.int64)  # [BK]
         block_column = tl.load(col_ptr + p, mask=exists, other=0)  # [BK]
+        unit, within = t // UNIT % (K // UNIT), t % UNIT  # [BK]; of `inner` Triton would not see which are contiguous
         place = p
         if order_ptr is not None:
             place = tl.load(order_ptr + p, mask=exists, other=0)  # [BK]
-    column = tl.cast(block_column, tl.int64) * K + inner  # [BK]
-    return column, tl.cast(place, tl.int64) * STRIDE_P + inner * STRIDE_K, exists
+    x_offset = (tl.cast(block_column, tl.int64) * (K // UNIT) + unit) * x_stride_k * UNIT + within  # [BK]
+    return x_offset, tl.cast(place, tl.int64) * STRIDE_P + inner * STRIDE_K, exists
 
 
 @triton.jit
@@ -112,14 +124,17 @@ def _sum_blocks(
     stored = (end - start) * K
     steps = (stored + BLOCK_K - 1) // BLOCK_K
     if DOT:
-        x_rows = x_ptr + token[:, None] * x_stride_m  # [BM, 1]
+        UNIT: tl.constexpr = 4 if values_ptr.dtype.element_ty == tl.int8 and K % BLOCK_K else 1  # INT8_UNIT
+        x_rows = x_ptr + token[:, None] * x_stride_m * UNIT  # [BM, 1]
         w_rows = values_ptr + row[None, :] * STRIDE_N  # [1, BN]
         total = tl.zeros((BLOCK_M, BLOCK_N), SUM)  # [BM, BN]
         for step in range(0, steps):
-            column, offset, exists = _step(col_ptr, order_ptr, start, stored, step, K, STRIDE_P, STRIDE_K, BLOCK_K)
+            x_offset, w_offset, exists = _step(
+                col_ptr, order_ptr, start, stored, step, x_stride_k, K, STRIDE_P, STRIDE_K, BLOCK_K, UNIT
+            )
             x_mask = (token[:, None] < tokens) & exists[None, :]
-            x = tl.load(x_rows + column[None, :] * x_stride_k, mask=x_mask, other=0)  # [BM, BK]
-            w = tl.load(w_rows + offset[:, None], mask=exists[:, None] & (row[None, :] < N), other=0)  # [BK, BN]
+            x = tl.load(x_rows + x_offset[None, :], mask=x_mask, other=0)  # [BM, BK]
+            w = tl.load(w_rows + w_offset[:, None], mask=exists[:, None] & (row[None, :] < N), other=0)  # [BK, BN]
             total = tl.dot(x, w, total, input_precision=PRECISION)
         return total
     else:
@@ -127,11 +142,13 @@ def _sum_blocks(
         w_rows = values_ptr + row[None, :, None] * STRIDE_N  # [1, BN, 1]
         parts = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K), SUM)  # [BM, BN, BK]
         for step in range(0, steps):
-            column, offset, exists = _step(col_ptr, order_ptr, start, stored, step, K, STRIDE_P, STRIDE_K, BLOCK_K)
+            x_offset, w_offset, exists = _step(
+                col_ptr, order_ptr, start, stored, step, x_stride_k, K, STRIDE_P, STRIDE_K, BLOCK_K, 1
+            )
             x_mask = (token[:, None, None] < tokens) & exists[None, None, :]
-            x = tl.load(x_rows + column[None, None, :] * x_stride_k, mask=x_mask, other=0)  # [BM, 1, BK]
+            x = tl.load(x_rows + x_offset[None, None, :], mask=x_mask, other=0)  # [BM, 1, BK]
             w_mask = exists[None, None, :] & (row[None, :, None] < N)
-            w = tl.load(w_rows + offset[None, None, :], mask=w_mask, other=0)  # [1, BN, BK]
+            w = tl.load(w_rows + w_offset[None, None, :], mask=w_mask, other=0)  # [1, BN, BK]
             parts += tl.cast(x, SUM) * tl.cast(w, SUM)
         return tl.sum(parts, 2)
 
@@ -373,21 +390,25 @@ def plan_product(
 ) -> list[Launch]:
     """The launches that fill y (tokens, N), contiguous and not empty, with the epilogue of rows (tokens, K) Wᵀ.
 
+    Rows of int8 whose columns are gathered are in units, (tokens, K / INT8_UNIT, INT8_UNIT), as of plan_quantize.
     The stored blocks are streamed where tiles would not fill the GPU `waves` times over, so that the longest row
     cannot be what the GPU waits for.
     """
     blocks, n, k = values.shape
     tokens, block_rows = rows.shape[0], pattern.block_rows
     tile, options = choose_tile(tokens, n, k, values.dtype, device)
-    if gathers(tokens, n, k, values.dtype, device) and rows.stride(0) != 1:
-        rows = rows.t().contiguous().t()
+    if rows.dim() == 3:
+        stride = tuple(step // INT8_UNIT for step in rows.stride()[:2])
+    else:
+        if gathers(tokens, n, k, values.dtype, device) and rows.stride(0) != 1:
+            rows = rows.t().contiguous().t()
+        stride = rows.stride()
     sides = {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
     token_tiles, tiles_per_block = triton.cdiv(tokens, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"])
     per_block_row = token_tiles * tiles_per_block
     strides = dict(zip(("STRIDE_P", "STRIDE_N", "STRIDE_K"), values.stride(), strict=True))
     constants = {"N": n, "K": k, **strides, "ACTIVATION": epilogue.activation, "PRECISION": precision(rows), **tile}
     weight = (pattern.crow, pattern.col, values, pattern.order)
-    stride = rows.stride()
     share = _share(blocks, k * n, block_rows, per_block_row, device)
     if not share:
         arguments: tuple = (rows, *weight, *epilogue.tensors, y, tokens, block_rows, *stride)
@@ -422,6 +443,7 @@ def choose_tile(
     From a row of the tuned table: "fma", or for dots "float32", "half" or "int8". `m`, `n` and `k` are the longest
     sides, `least_n` the shortest that tensor cores take, `stages` those of the pipeline; "fma" is used for up to
     `tokens` tokens, and a step of it reads `values` values of the weight.
+    A dot gathers 32 columns a step, of int8 64: the fewest for which a thread's part of 8 rows of W is 4 bytes.
     A dot takes 1 warp for 16 x 16, 4 from a side of 64 on, 8 for 128 x 128; FMA 1 for 256 values, up to 4 (on 4 warps,
     small tiles spilled).
     """
@@ -438,12 +460,13 @@ def choose_tile(
     m = min(max(triton.next_power_of_2(tokens), 16), longest["m"])
     side = min(max(triton.next_power_of_2(n), longest["least_n"]), longest["n"])
     by_block = power >= (32 if kind == "int8" else 16)  # the shortest k of a tensor core's product
-    tile = {"DOT": True, "BLOCK_M": m, "BLOCK_N": side, "BLOCK_K": min(power, longest["k"]) if by_block else 32}
+    gathered = 64 if kind == "int8" else 32
+    tile = {"DOT": True, "BLOCK_M": m, "BLOCK_N": side, "BLOCK_K": min(power, longest["k"]) if by_block else gathered}
     return tile, compiler_options(dot_warps(m, side), longest["stages"])
 
 
 def gathers(tokens: int, n: int, k: int, dtype: torch.dtype, device: Device) -> bool:
-    """Whether a dot takes scattered columns of x, so that each of them should be contiguous, tokens last."""
+    """Whether a dot takes scattered columns of x, so that each of them (of int8: each unit) should be contiguous."""
     tile, _ = choose_tile(tokens, n, k, dtype, device)
     return bool(tile["DOT"] and k % tile["BLOCK_K"])
 

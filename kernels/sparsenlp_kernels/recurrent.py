@@ -47,7 +47,7 @@ def _gate(
     block,
     row,
     sequence,
-    size,
+    batch,
     h_stride_m,
     h_stride_k,
     UNITS: tl.constexpr,
@@ -62,11 +62,14 @@ def _gate(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the state adds to a gate: W_hh h + b_hh of its rows, [BM, BN], float32."""
+    """What the state adds to a gate: W_hh h + b_hh of its rows, [BM, BN], float32; also of sequences that have ended.
+
+    Those are not masked, as only of the batch, an argument, is it known that 16 divides it, which wide copies need.
+    """
     block_row = gate * (UNITS // N) + block
     start, end = tl.load(crow_ptr + block_row), tl.load(crow_ptr + block_row + 1)
     total = _sum_blocks(
-        h_ptr, col_ptr, values_ptr, None, start, end, sequence, row, size, h_stride_m, h_stride_k,
+        h_ptr, col_ptr, values_ptr, None, start, end, sequence, row, batch, h_stride_m, h_stride_k,
         N, K, STRIDE_P, STRIDE_N, STRIDE_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
     )  # fmt: skip
     if bias_ptr is not None:
@@ -127,26 +130,26 @@ def _tile(
 
     first = tl.cast(tl.load(inputs_ptr + input_place, mask=mask, other=0.0), tl.float32)  # [BM, BN]
     first += _gate(
-        0, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, size, h_stride_m, h_stride_k,
+        0, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, batch, h_stride_m, h_stride_k,
         UNITS, N, K, STRIDE_P, STRIDE_N, STRIDE_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
     )  # fmt: skip
     first = tl.sigmoid(first)
     second = tl.cast(tl.load(inputs_ptr + (input_place + UNITS), mask=mask, other=0.0), tl.float32)  # [BM, BN]
     second += _gate(
-        1, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, size, h_stride_m, h_stride_k,
+        1, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, batch, h_stride_m, h_stride_k,
         UNITS, N, K, STRIDE_P, STRIDE_N, STRIDE_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
     )  # fmt: skip
     second = tl.sigmoid(second)
     third = tl.cast(tl.load(inputs_ptr + (input_place + 2 * UNITS), mask=mask, other=0.0), tl.float32)  # [BM, BN]
     of_state = _gate(
-        2, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, size, h_stride_m, h_stride_k,
+        2, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, batch, h_stride_m, h_stride_k,
         UNITS, N, K, STRIDE_P, STRIDE_N, STRIDE_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
     )  # fmt: skip
     if GATES == 4:  # input, forget, cell, output
         third = _tanh(third + of_state)
         fourth = tl.cast(tl.load(inputs_ptr + (input_place + 3 * UNITS), mask=mask, other=0.0), tl.float32)  # [BM, BN]
         fourth += _gate(
-            3, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, size, h_stride_m, h_stride_k,
+            3, bias_ptr, before_ptr, crow_ptr, col_ptr, values_ptr, block, row, sequence, batch, h_stride_m, h_stride_k,
             UNITS, N, K, STRIDE_P, STRIDE_N, STRIDE_K, BLOCK_M, BLOCK_N, BLOCK_K, DOT, PRECISION,
         )  # fmt: skip
         fourth = tl.sigmoid(fourth)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from cases import TOLERANCES, BsrLinearCase
-from problems import Mutation, Problem, Row
+from problems import IN_REGISTERS, Mutation, Problem, Row
 
 from sparsenlp.reference import bsr_linear as reference
 
@@ -156,14 +156,20 @@ ROWS = [
         "bsr_linear columns int8",
         forward(small(20, 16, 76, (8, 4), dtype=BFLOAT16, int8=True)),
         forward(large(256, (8, 4), dtype=BFLOAT16, int8=True)),
-        pipelined=False,  # on sm_90: tensor cores take these tiles from registers
         aside=("_quantize_kernel",),
         mutations=(
             Mutation(
                 "int8 tokens laid out as the kernel does not read them",
                 INT8,
-                "rounded_rows + column[None, :] * rounded_stride_k",
+                "rounded_rows + place[None, :]",
                 "rounded_rows + column[None, :]",
+            ),
+            Mutation("the first column of a unit for all", PRODUCT, ", t % UNIT", ", t * 0"),
+            Mutation(
+                "units that are not known to be contiguous",
+                PRODUCT,
+                "t // UNIT % (K // UNIT), t % UNIT",
+                "inner // UNIT, inner % UNIT",
             ),
         ),
     ),
@@ -177,7 +183,7 @@ ROWS = [
         forward(small(1, 64, 96, (32, 32), dtype=FLOAT16)),
         forward(large(1, (32, 32), dtype=FLOAT16)),
         math="fma",
-        pipelined=False,
+        synchronous=IN_REGISTERS,
         mutations=(
             Mutation(
                 "reads nothing", PRODUCT, "exists = tl.full((BLOCK_K,), True", "exists = tl.full((BLOCK_K,), False"
@@ -191,14 +197,14 @@ ROWS = [
         forward(small(3, 24, 77, (8, 1), activation="gelu")),
         forward(large(4, (8, 1), activation="relu")),
         math="fma",
-        pipelined=False,
+        synchronous=IN_REGISTERS,
     ),
     Row(
         "bsr_linear one token int8",
         forward(small(1, 24, 76, (8, 4), dtype=FLOAT16, int8=True)),
         forward(large(1, (8, 4), dtype=FLOAT16, int8=True)),
         math="",
-        pipelined=False,
+        synchronous=IN_REGISTERS,
     ),
     Row(
         "bsr_linear shares float16",

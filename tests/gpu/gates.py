@@ -27,6 +27,8 @@ FMA = re.compile(r"FFMA|v_(?:pk_)?(?:fma|fmac|fmamk|fmaak)_f32|v_dot2")
 ROUNDED = re.compile(r"HMMA|IMMA|HGMMA|IGMMA|UTC\w*MMA|v_mfma\w*_xf32")  # no matrix unit of NVIDIA's takes float32
 ASYNCHRONOUS = re.compile(r"LDGSTS|UTMALDG")
 SPILLS = re.compile(r"LDL|STL|scratch_")
+DOT = re.compile(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
+TILE = re.compile(r"tt\.load .*tensor<([\dx]+)x!tt\.ptr")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def _usage_amd(compiled: Any) -> Usage:
 
 def complaints(compiled: Any, target: str, row: Row) -> list[str]:
     """What is wrong with the machine code of a kernel of the row, in words; empty where nothing is."""
-    math, pipelined = ("", False) if compiled.metadata.name in row.aside else (row.math, row.pipelined)
+    aside = compiled.metadata.name in row.aside
+    math = "" if aside else row.math
     used = usage(compiled)
     tensor_core, found = used.count(TENSOR_CORE), []
     if used.stack or used.count(SPILLS):
@@ -90,8 +93,28 @@ def complaints(compiled: Any, target: str, row: Row) -> list[str]:
         found.append("no tensor-core instruction")
     if math == "fma" and (used.count(ROUNDED) or not used.count(FMA) + tensor_core):
         found.append(f"{used.count(ROUNDED)} instructions that round float32, {used.count(FMA)} FMA")
-    if pipelined and target != "gfx942" and not used.count(ASYNCHRONOUS):
-        found.append("no asynchronous copy: the loads are not pipelined")
+    if not aside and target != "gfx942":
+        waits = not used.count(ASYNCHRONOUS) or synchronous_tiles(compiled.asm["ttgir"]) > 0
+        if waits and target not in row.synchronous:
+            found.append("a loop waits for what it loads: no asynchronous copies")
+        if target in row.synchronous and not waits:
+            found.append("all copies are asynchronous: not to be listed in `synchronous`")
     if re.search(r"tt\.addptr .*tensor<\d+x\d+xi32>", compiled.asm["ttir"]):
         found.append("an address is computed in 32 bits")
+    return found
+
+
+def synchronous_tiles(ttgir: str) -> int:
+    """Tiles (two sides longer than 1) that loops around dots load into registers, but for those in an `if`."""
+    regions, found = [[False, 0, 0]], 0  # of those that are open: whether a loop, dots, tiles
+    for line in ttgir.splitlines():
+        text = line.split(" loc(")[0].strip()
+        if text.startswith("}") and len(regions) > 1:
+            loop, dots, tiles = regions.pop()
+            found += tiles if loop and dots else 0
+        if text.endswith("{"):
+            regions.append(["scf.for" in text or text.startswith("} do"), 0, 0])
+        regions[-1][1] += bool(DOT.search(text))
+        if match := TILE.search(text):
+            regions[-1][2] += sum(side != "1" for side in match[1].split("x")) > 1
     return found

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PACKAGE = "sparsenlp_kernels"
+IN_REGISTERS = dict.fromkeys(
+    ("sm_80", "sm_90", "sm_100"), "few tokens multiply in registers, and Triton copies asynchronously only for dots"
+)
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,21 @@ class Row:
     """`small` and `large` get the name of the package to take the kernels from, the real one or a mutant of it,
     and the target to plan for.
 
-    name       unique; the key of its budgets
-    small      tiny sizes with ragged edges, to execute
-    large      sizes that get the tiles of real work, to compile
-    math       instructions that `large` must have: "tensor core", "fma" (and none that rounds float32), or "" for any
-    pipelined  whether `large` must copy asynchronously into shared memory
-    aside      kernels of `large` that multiply nothing, of which neither is asked
-    targets    those of gates.py that it compiles for
-    mutations  bugs, each of which some check must catch on this row
+    name         unique; the key of its budgets
+    small        tiny sizes with ragged edges, to execute
+    large        sizes that get the tiles of real work, to compile
+    math         instructions that `large` must have: "tensor core", "fma" (and none that rounds float32), or "" for any
+    synchronous  NVIDIA targets for which loops of `large` do not load all tiles by asynchronous copies, and why
+    aside        kernels of `large` that multiply nothing, of which neither is asked
+    targets      those of gates.py that it compiles for
+    mutations    bugs, each of which some check must catch on this row
     """
 
     name: str
     small: Callable[[str, str], Problem]
     large: Callable[[str, str], Problem]
     math: str = "tensor core"
-    pipelined: bool = True
+    synchronous: Mapping[str, str] = field(default_factory=dict)
     aside: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
     mutations: tuple[Mutation, ...] = ()

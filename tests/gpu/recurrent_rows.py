@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from problems import Mutation, Problem, Row
+from problems import IN_REGISTERS, Mutation, Problem, Row
 from recurrent_cases import RecurrentCase
 
 from sparsenlp.ops.recurrent_gpu import table_of_steps
 
 FILE = "recurrent.py"
-FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
+FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
 
 
 def steps(case: RecurrentCase, whole: bool) -> Callable[[str, str], Problem]:
@@ -78,10 +78,10 @@ ROWS = [
     ),
     Row(
         "sparse_lstm step, one sequence float32",
-        steps(replace(SMALL, lengths=(), steps=2, batch=1, dtype=torch.float32), False),
-        steps(replace(LARGE, batch=1, dtype=torch.float32), False),
+        steps(replace(SMALL, lengths=(), steps=2, batch=1, dtype=FLOAT32), False),
+        steps(replace(LARGE, batch=1, dtype=FLOAT32), False),
         math="fma",
-        pipelined=False,
+        synchronous=IN_REGISTERS,
     ),
     Row(
         "sparse_lstm sequence, columns float16",
@@ -110,8 +110,8 @@ ROWS = [
     ),
     Row(
         "sparse_gru sequence, blocks float32",
-        steps(replace(SMALL, op="sparse_gru", hidden=32, block=(16, 16), dtype=torch.float32), True),
-        steps(replace(LARGE, op="sparse_gru", block=(32, 32), dtype=torch.float32), True),
+        steps(replace(SMALL, op="sparse_gru", hidden=32, block=(16, 16), dtype=FLOAT32), True),
+        steps(replace(LARGE, op="sparse_gru", block=(32, 32), dtype=FLOAT32), True),
         math="fma",
     ),
 ]

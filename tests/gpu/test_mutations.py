@@ -57,7 +57,7 @@ def compiled(row: Row, package: str) -> str | None:
     for launch in row.large(package, "sm_80").launches:
         kernel = launches.compile_launch(launch)
         found += gates.complaints(kernel, "sm_80", row)
-        used, (registers, shared) = gates.usage(kernel), BUDGETS[row.name]["sm_80"]
+        used, (registers, shared, _) = gates.usage(kernel), BUDGETS[row.name]["sm_80"]
         if used.registers > registers or used.shared > shared:
             found.append("over the budget")
     return "; ".join(found) or None
