@@ -154,6 +154,12 @@ BUDGETS: dict[str, dict[str, tuple[int, int, int]]] = {
         "sm_100": (96, 6 * KIB, 20),
         "gfx942": (104, 3 * KIB, 16),
     },
+    "sparse_lstm sequence, one sequence float32": {
+        "sm_80": (72, 1 * KIB, 28),
+        "sm_90": (72, 1 * KIB, 28),
+        "sm_100": (72, 1 * KIB, 28),
+        "gfx942": (104, 1 * KIB, 16),
+    },
     "sparse_gru step, columns bfloat16": {
         "sm_80": (72, 6 * KIB, 28),
         "sm_90": (72, 6 * KIB, 28),

@@ -99,6 +99,15 @@ ROWS = [
         ),
     ),
     Row(
+        "sparse_lstm sequence, one sequence float32",
+        # more columns than a warp has threads, so that a warp reads of the state what others wrote
+        steps(replace(SMALL, lengths=(), steps=2, batch=1, hidden=40, block=(40, 1), density=1.0, dtype=FLOAT32), True),
+        steps(replace(LARGE, batch=1, dtype=FLOAT32), True),
+        math="fma",
+        synchronous=IN_REGISTERS,
+        mutations=(Mutation("no barrier between steps", FILE, "tl.debug_barrier()", "pass"),),
+    ),
+    Row(
         "sparse_gru step, columns bfloat16",
         steps(replace(SMALL, op="sparse_gru", dtype=BFLOAT16), False),
         steps(replace(LARGE, op="sparse_gru", dtype=BFLOAT16), False),
