@@ -49,6 +49,8 @@ from kernel_cases import ROWS  # noqa: E402
 from launches import compile_launch  # noqa: E402
 from problems import PACKAGE, Row  # noqa: E402
 
+from sparsenlp.ops import recurrent_cuda  # noqa: E402
+
 CLASSES = {
     "tensor core": gates.TENSOR_CORE,
     "fma": gates.FMA,
@@ -60,6 +62,11 @@ CLASSES = {
 
 # Of csrc/cuda/nm_linear, by kernel: rows of W and tokens of a block, for 128 bytes of each token a turn.
 NM_LINEAR_TILES = {"large": (128, 128), "small": (64, 32), "few": (16, 8)}
+
+# For csrc/cuda/persistent.h: a layer whose W_hh is in blocks of 8x1. Shared memory keeps it, so that a block of threads
+# fills a multiprocessor.
+RECURRENT_UNITS, RECURRENT_DENSITY = 1024, 0.1
+RECURRENT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (8, 1), (32, 1)]
 DTYPES = [torch.float16, torch.float32]
@@ -96,20 +103,44 @@ def machine_code(row: Row, target: str) -> Iterator[dict[str, Any]]:
         yield line | {"instructions": used.instructions.total()}
 
 
-def cuda_machine_code(target: str) -> Iterator[dict[str, Any]]:
+def nm_linear_machine_code(target: str) -> Iterator[dict[str, Any]]:
     """A line for each kernel of nm_linear; FLOPs are those of stored values, a warp of `few` takes a turn alone."""
     for name, code in sorted(nvcc.machine_code_of("nm_linear", target).items()):
-        launch = nvcc.nm_linear_launch(name)
-        shared, warps = code.shared + launch.shared_bytes, launch.threads // 32
-        line = {"kernel": name, "target": target, "registers": code.registers, "shared bytes": shared, "warps": warps}
-        line |= occupancy(code.registers, shared, warps, target)
         rows, tokens = NM_LINEAR_TILES[name.split("_")[2]]
         columns = 128 if "_i8_" in name else 64
         loop = Loop(2 * rows * tokens * columns // 2, tokens * 128 + rows * (64 + columns // 8))
-        line |= {"FLOPs a turn": loop.flops, "bytes a turn": loop.bytes, "FLOPs a byte": f"{loop.intensity:.1f}"}
-        opcodes = code.opcodes.items()
-        line |= {c: sum(n for o, n in opcodes if pattern.match(o)) for c, pattern in CLASSES.items()}
-        yield line | {"instructions": code.opcodes.total()}
+        yield cuda_line(name, target, code, nvcc.nm_linear_launch(name), loop)
+
+
+def recurrent_machine_code(target: str) -> Iterator[dict[str, Any]]:
+    """A line for each persistent kernel as on an A100, of RECURRENT_UNITS; a turn is a step of a block of threads."""
+    for op, gates_of_op in (("sparse_lstm", 4), ("sparse_gru", 3)):
+        for name, code in sorted(nvcc.machine_code_of(op, target).items()):
+            words, short_type = name.split("_")[2:]
+            dtype = RECURRENT_DTYPES[short_type]
+            number = [known for known, _ in recurrent_cuda.KERNELS].index(words)
+            sequences = recurrent_cuda.KERNELS[number][1]
+            half = RECURRENT_UNITS * sequences
+            launch = nvcc.recurrent_launch(
+                op,
+                recurrent_cuda.Arguments(
+                    B=sequences, H=RECURRENT_UNITS, n=8, k=1, half=half, dtype=recurrent_cuda.DTYPES[dtype]
+                ),
+            )
+            rows = gates_of_op * launch.units
+            products = int(rows * RECURRENT_UNITS * RECURRENT_DENSITY) * sequences
+            loop = Loop(2 * products, (half + rows * sequences) * dtype.itemsize)  # the state, and what comes in
+            yield cuda_line(name, target, code, launch, loop)
+
+
+def cuda_line(name: str, target: str, code: Any, launch: Any, loop: Loop) -> dict[str, Any]:
+    shared, warps = code.shared + launch.shared_bytes, launch.threads // 32
+    line = {"kernel": name, "target": target, "registers": code.registers, "shared bytes": shared, "warps": warps}
+    line |= occupancy(code.registers, shared, warps, target)
+    line |= {"FLOPs a turn": loop.flops, "bytes a turn": loop.bytes, "FLOPs a byte": f"{loop.intensity:.1f}"}
+    opcodes = code.opcodes.items()
+    line |= {c: sum(n for o, n in opcodes if pattern.match(o)) for c, pattern in CLASSES.items()}
+    return line | {"instructions": code.opcodes.total()}
 
 
 def roofline() -> Iterator[dict[str, Any]]:
@@ -157,7 +188,9 @@ def main() -> None:
         print(f"\nCUDA kernels are left out: {nvcc.WHY_NOT}")
     else:
         print("\n# Not measured: the CUDA kernels' machine code\n")
-        print_table([line for t in arguments.targets if t.startswith("sm_") for line in cuda_machine_code(t)])
+        nvidia = [target for target in arguments.targets if target.startswith("sm_")]
+        cuda = [line for t in nvidia for line in (*nm_linear_machine_code(t), *recurrent_machine_code(t))]
+        print_table([line for line in cuda if arguments.only in line["kernel"]])
     print("\n# Not measured: the roofline's floor in float16, from data sheets\n")
     print_table(list(roofline()))
     print("\n# Not measured: break-even sparsity of bsr_linear, 4096 -> 4096, predicted from the compiled loop\n")
