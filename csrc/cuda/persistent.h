@@ -282,7 +282,41 @@ cudaError_t run_persistent(
 
 }  // namespace
 
-#define PERSISTENT_KERNEL(name, T, gates, sequences)                                         \
-  extern "C" __global__ void __launch_bounds__(kPersistentThreads, 1) name(RECURRENT_PARAMETERS(T)) { \
-    persistent<T, gates, sequences>(RECURRENT_NAMES);                                        \
+// The kernels of an op with so many gates: DO(op, gates, sequences in words and as a number, type in short and in full).
+#define PERSISTENT_KERNELS(DO, op, gates)       \
+  DO(op, gates, one, 1, f32, float)             \
+  DO(op, gates, one, 1, f16, __half)            \
+  DO(op, gates, one, 1, bf16, __nv_bfloat16)    \
+  DO(op, gates, few, 8, f32, float)             \
+  DO(op, gates, few, 8, f16, __half)            \
+  DO(op, gates, few, 8, bf16, __nv_bfloat16)
+
+#define PERSISTENT_KERNEL(op, gates, words, sequences, short_type, T)          \
+  extern "C" __global__ void __launch_bounds__(kPersistentThreads, 1)          \
+      op##_##words##_##short_type(RECURRENT_PARAMETERS(T)) {                   \
+    persistent<T, gates, sequences>(RECURRENT_NAMES);                          \
+  }
+#define PERSISTENT_RUN(op, gates, words, sequences, short_type, T)                        \
+  if (arguments->dtype == kRecurrentDtype<T> && kernel == kernel_for(sequences))          \
+    return run_persistent<T, gates, sequences>(                                           \
+        op##_##words##_##short_type, #op "_" #words "_" #short_type, *arguments, static_cast<cudaStream_t>(stream));
+#define PERSISTENT_PLAN(op, gates, words, sequences, short_type, T)                                           \
+  if (arguments->dtype == kRecurrentDtype<T> && kernel == kernel_for(sequences)) {                            \
+    *launch = plan_persistent<T, gates, sequences>(                                                           \
+        #op "_" #words "_" #short_type, *arguments, processors, shared_bytes);                                \
+    return cudaSuccess;                                                                                       \
+  }
+
+// The kernels of an op, and the functions of RECURRENT_OP.
+#define PERSISTENT_OP(op, gates)                                                                              \
+  PERSISTENT_KERNELS(PERSISTENT_KERNEL, op, gates)                                                            \
+  RECURRENT_OP(op)                                                                                            \
+  int sparsenlp_##op(const RecurrentCuda* arguments, int kernel, void* stream) {                              \
+    PERSISTENT_KERNELS(PERSISTENT_RUN, op, gates)                                                             \
+    return cudaErrorInvalidValue;                                                                             \
+  }                                                                                                           \
+  int sparsenlp_##op##_plan(                                                                                  \
+      const RecurrentCuda* arguments, int kernel, int processors, int shared_bytes, RecurrentLaunch* launch) { \
+    PERSISTENT_KERNELS(PERSISTENT_PLAN, op, gates)                                                            \
+    return cudaErrorInvalidValue;                                                                             \
   }

@@ -37,3 +37,16 @@ struct RecurrentLaunch {
   int units;     // hidden units of a block
   int capacity;  // stored columns that a block keeps in shared memory; it reads those beyond at each step
 };
+
+// What Python calls of an op.
+//
+// sparsenlp_<op> launches `kernel` of RecurrentKernel on `stream` of the current device. Returns a code of cudaError_t,
+// 0 for success: cudaErrorCooperativeLaunchTooLarge where not all blocks can run at once,
+// cudaErrorInvalidConfiguration where no division of the units among blocks fits.
+//
+// sparsenlp_<op>_plan says what that would launch where there are so many multiprocessors, and so many bytes of shared
+// memory for a block; no blocks where it cannot. Needs no GPU. Returns 0 unless there is no such kernel.
+#define RECURRENT_OP(op)                                                                                  \
+  SPARSENLP_EXPORT int sparsenlp_##op(const RecurrentCuda* arguments, int kernel, void* stream);          \
+  SPARSENLP_EXPORT int sparsenlp_##op##_plan(                                                             \
+      const RecurrentCuda* arguments, int kernel, int processors, int shared_bytes, RecurrentLaunch* launch);
