@@ -282,7 +282,7 @@ cudaError_t run_persistent(
 
 }  // namespace
 
-// The kernels of an op with so many gates: DO(op, gates, sequences in words and as a number, type in short and in full).
+// The kernels of an op with so many gates, as DO(op, gates, sequences in words, as a number, type in short, in full).
 #define PERSISTENT_KERNELS(DO, op, gates)       \
   DO(op, gates, one, 1, f32, float)             \
   DO(op, gates, one, 1, f16, __half)            \
