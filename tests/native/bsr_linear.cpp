@@ -217,6 +217,50 @@ void packed_rows(const Shape& s, Dtype weights, Dtype io, double value, Random& 
   });
 }
 
+// The rows of a matrix as two that are linked, each with a y of its own.
+void linked_matrices(const Shape& s, Dtype weights, Dtype io, Random& random) {
+  const int64_t rows = s.N / s.n / 2 * s.n, others = s.N - rows;
+  if (!rows) return;
+  const Problem problem(s, weights, io, random_density(random), random);
+  const Sums sums = problem.sums(false);
+  each(forward_kernels, weights, [&](Entry<BsrLinearKernel>& kernel) {
+    Array first(io, s.M * rows), second(io, s.M * others);
+    BsrLinear a = problem.arguments({false, kWithout, kNone, 1, false}, first), b = a;
+    Scratch scratch(a.scratch());
+    a.N = rows;
+    a.next = &b;
+    b.crow += rows / s.n;
+    if (b.scales) b.scales += rows;
+    b.N = others;
+    b.y = second.data();
+    kernel.run(a, 0, 1, scratch.poisoned());
+    char what[200];
+    snprintf(what, sizeof what, "linked %s %s (x %s) M=%ld N=%ld K=%ld block %dx%d", dtype_name(weights),
+             isa_name(kernel.isa), dtype_name(io), (long)s.M, (long)s.N, (long)s.K, s.n, s.k);
+    for (const bool of_second : {false, true}) {
+      const int64_t from = of_second ? rows : 0, count = of_second ? others : rows;
+      std::vector<double> expected(s.M * count), tolerance(s.M * count);
+      for (int64_t i = 0; i < s.M * count; i++) {
+        const int64_t at = i / count * s.N + from + i % count;
+        expected[i] = sums.value[at];
+        tolerance[i] = 1.2 * rounding(weights == i8 ? 0 : s.K, sums.magnitude[at]) +
+                       epsilon_of(io) * fabs(expected[i]) + 1e-30;
+      }
+      check(of_second ? second : first, expected, tolerance, count, what);
+    }
+  });
+}
+
+void linked_shapes() {
+  Random random(9);
+  for (int n : {1, 4, 8, 16})
+    for (int k : {1, 2, 4, 8})
+      for (int64_t M : {1, 3, 16, 40})
+        each_dtype([&](Dtype weights, Dtype io) {
+          if (valid(weights, k)) linked_matrices(random_shape(M, n, k, random), weights, io, random);
+        });
+}
+
 void packed_shapes() {
   Random random(8);
   for (int n : {1, 4, 8, 12, 16, 32})
@@ -329,6 +373,7 @@ int main(int count, char** arguments) {
   forward_int8_bound();
   forward_no_columns();
   gradient_shapes(ns, ks, Ms);
+  linked_shapes();
   packed_shapes();
   print_calls("packed", packed_kernels);
   return verdict("bsr_linear");

@@ -18,8 +18,10 @@ struct BsrLinear {
   int n, k;
   int activation;  // enum Activation
   bool half;       // int8: x, bias, residual and y are bfloat16, not float
+  const BsrLinear* next;  // a matrix of the same x, K, dtype and block that part 0 of 1 also multiplies by, or null
 
-  // 4-byte words of scratch that one part needs: a tile of x, and for int8 the sums of the rows.
+  // 4-byte words of scratch that one part needs: a tile of x, and for int8 the sums of the rows. Matrices linked by
+  // `next` need what one would with the rows of all.
   size_t scratch() const { return (size_t)(K + 64) * 72 + N + 4096; }
 };
 

@@ -164,6 +164,26 @@ void decode_tokens(
   flush();
 }
 
+// All tokens and the block rows [begin, end).
+template <class D, int L, bool Splat, int NA>
+void decode_matrix(
+    const BsrLinear& a, const DecodeShape& shape, const float* prepared, const float* scales, int64_t begin,
+    int64_t end) {
+  for (int64_t m = 0; m < a.M;) {
+    const int left = (int)(a.M - m), most = NA > 1 ? 4 : 8, now = left < most ? left : most;
+    if (now > 4) {
+      decode_tokens<D, L, Splat, 1, 8>(a, shape, prepared, scales, m, now, begin, end);
+    } else if (now > 2) {
+      decode_tokens<D, L, Splat, NA, 4>(a, shape, prepared, scales, m, now, begin, end);
+    } else if (now > 1) {
+      decode_tokens<D, L, Splat, NA, 2>(a, shape, prepared, scales, m, now, begin, end);
+    } else {
+      decode_tokens<D, L, Splat, NA, 1>(a, shape, prepared, scales, m, now, begin, end);
+    }
+    m += now;
+  }
+}
+
 template <class D, int L, bool Splat, int NA>
 void few_tokens(const BsrLinear& a, int part, int parts, float* scratch) {
   const int64_t total = cost_before(a, a.N), step = a.n * ((15 + a.n) / a.n);
@@ -173,19 +193,9 @@ void few_tokens(const BsrLinear& a, int part, int parts, float* scratch) {
   const DecodeShape shape = decode_shape<D, L>(a);
   float scales[kMostTokens] = {};
   prepare_tokens<D, L>(a, shape, scratch, scales);
-  for (int64_t m = 0; m < a.M;) {
-    const int left = (int)(a.M - m), most = NA > 1 ? 4 : 8, now = left < most ? left : most;
-    if (now > 4) {
-      decode_tokens<D, L, Splat, 1, 8>(a, shape, scratch, scales, m, now, begin, end);
-    } else if (now > 2) {
-      decode_tokens<D, L, Splat, NA, 4>(a, shape, scratch, scales, m, now, begin, end);
-    } else if (now > 1) {
-      decode_tokens<D, L, Splat, NA, 2>(a, shape, scratch, scales, m, now, begin, end);
-    } else {
-      decode_tokens<D, L, Splat, NA, 1>(a, shape, scratch, scales, m, now, begin, end);
-    }
-    m += now;
-  }
+  decode_matrix<D, L, Splat, NA>(a, shape, scratch, scales, begin, end);
+  for (const BsrLinear* own = a.next; own; own = own->next)
+    decode_matrix<D, L, Splat, NA>(*own, shape, scratch, scales, 0, own->N / own->n);
 }
 
 template <class D, int L>
@@ -197,18 +207,11 @@ void few_tokens(const BsrLinear& a, int part, int parts, float* scratch) {
   few_tokens<D, L, false, 1>(a, part, parts, scratch);
 }
 
-// One token and blocks that fit no vector (unstructured weights above all): scalars, eight sums at a time.
+// The rows [begin, end), eight sums at a time.
 template <class S>
-void one_token(const BsrLinear& a, int part, int parts, float* scratch) {
+void one_token_matrix(const BsrLinear& a, const typename S::Word* x, float scale, int64_t begin, int64_t end) {
   typedef typename S::Word Word;
   constexpr int U = 8;
-  const int64_t total = cost_before(a, a.N), step = a.n * ((15 + a.n) / a.n);
-  const int64_t begin = row_at_cost(a, total * part / parts, step), end = row_at_cost(a, total * (part + 1) / parts, step);
-  if (begin >= end) return;
-  const DecodeShape plain = {1, 1, 0, 1, 0, 1, a.K};
-  float scale = 1;
-  prepare_tokens<S, 1>(a, plain, scratch, &scale);
-  const Word* x = (const Word*)scratch;
   Word out[kOutRows + kLanes];
   for (int64_t row0 = begin; row0 < end; row0 += kOutRows) {
     const int64_t rows = smaller(kOutRows, end - row0);
@@ -229,6 +232,21 @@ void one_token(const BsrLinear& a, int part, int parts, float* scratch) {
   }
 }
 
+// One token and blocks that fit no vector (unstructured weights above all): scalars.
+template <class S>
+void one_token(const BsrLinear& a, int part, int parts, float* scratch) {
+  typedef typename S::Word Word;
+  const int64_t total = cost_before(a, a.N), step = a.n * ((15 + a.n) / a.n);
+  const int64_t begin = row_at_cost(a, total * part / parts, step), end = row_at_cost(a, total * (part + 1) / parts, step);
+  if (begin >= end) return;
+  const DecodeShape plain = {1, 1, 0, 1, 0, 1, a.K};
+  float scale = 1;
+  prepare_tokens<S, 1>(a, plain, scratch, &scale);
+  one_token_matrix<S>(a, (const Word*)scratch, scale, begin, end);
+  for (const BsrLinear* own = a.next; own; own = own->next)
+    one_token_matrix<S>(*own, (const Word*)scratch, scale, 0, own->N);
+}
+
 // The longest vectors that the blocks allow: words of a row and lanes divide one another. 1 if there are none.
 template <class D>
 int decode_lanes(const BsrLinear& a) {
@@ -243,7 +261,7 @@ template <class D>
 int64_t most_decode_tokens(const BsrLinear& a, int lanes) {
   if (lanes == 1) return 1;
   if (lanes < 16) return 4;
-  const int64_t words = (int64_t)a.crow[a.N / a.n] * a.n * a.k / D::kUnit;
+  const int64_t words = (int64_t)(a.crow[a.N / a.n] - a.crow[0]) * a.n * a.k / D::kUnit;
   return a.k == D::kUnit || words >= 128 * a.N ? kMostTokens : 5;
 }
 

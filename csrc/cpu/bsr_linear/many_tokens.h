@@ -112,16 +112,20 @@ struct Blocks {
   }
 };
 
-// One tile times the rows [begin, end).
+// One tile times the rows [begin, end), and times the matrices that follow.
 template <class D, class B, int R>
-void one_tile(const BsrLinear& a, Tile& tile, int64_t begin, int64_t end) {
+void one_tile(const BsrLinear& a, Tile tile, int64_t begin, int64_t end) {
   constexpr int T = R * kLanes;
   alignas(64) float out[kGroup * T];
   B::template pack<D, R>(a, tile);
-  for (int64_t row0 = begin; row0 < end; row0 += kGroup) {
-    const int64_t rows = smaller(kGroup, end - row0);
-    B::template group<D, R>(a, tile.words, B::template ld<R>, tile.row_sums, row0, rows, out);
-    epilogue<D, R>(a, tile, out, row0, rows);
+  for (const BsrLinear* own = &a; own; own = own->next, begin = 0) {
+    if (own != &a) end = own->N;
+    for (int64_t row0 = begin; row0 < end; row0 += kGroup) {
+      const int64_t rows = smaller(kGroup, end - row0);
+      B::template group<D, R>(*own, tile.words, B::template ld<R>, tile.row_sums, row0, rows, out);
+      epilogue<D, R>(*own, tile, out, row0, rows);
+    }
+    if (D::kShift) tile.row_sums += own->N;
   }
 }
 
@@ -130,7 +134,9 @@ template <class D, class B, int R>
 void many_tokens(const BsrLinear& a, int part, int parts, float* scratch) {
   constexpr int T = R * kLanes;
   int32_t* row_sums = (int32_t*)scratch;
-  Tile tile{scratch + (D::kQuantized ? (a.N + T + 15) / 16 * 16 : 0), 0, 0, scratch + a.N, row_sums};
+  int64_t N = 0;
+  for (const BsrLinear* own = &a; own; own = own->next) N += own->N;
+  Tile tile{scratch + (D::kQuantized ? (N + T + 15) / 16 * 16 : 0), 0, 0, scratch + N, row_sums};
   const int64_t tiles = (a.M + T - 1) / T, per_tile = cost_before(a, a.N);
   const int64_t from = tiles * per_tile * part / parts, to = tiles * per_tile * (part + 1) / parts;
   if constexpr (D::kShift != 0) {
@@ -138,6 +144,8 @@ void many_tokens(const BsrLinear& a, int part, int parts, float* scratch) {
     const bool whole = to > (first + 1) * per_tile;
     const int64_t begin = whole ? 0 : row_at_cost(a, from - first * per_tile, kGroup);
     sum_rows<D>(a, begin, whole ? a.N : row_at_cost(a, to - first * per_tile, kGroup), row_sums);
+    int32_t* sums = row_sums + a.N;
+    for (const BsrLinear* own = a.next; own; sums += own->N, own = own->next) sum_rows<D>(*own, 0, own->N, sums);
   }
   for (int64_t i = from / per_tile; i < tiles && i * per_tile < to; i++) {
     const int64_t begin = row_at_cost(a, from - i * per_tile, kGroup);

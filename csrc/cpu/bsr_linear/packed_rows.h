@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kStrips = 8;
 constexpr int kPiece = 16;
+constexpr int kPackedAhead = 512;  // words
 
 SNLP_INLINE int64_t padded(int64_t words) { return (words + kPiece - 1) / kPiece * kPiece; }
 
@@ -73,12 +74,17 @@ SNLP_INLINE void packed_strips(
   const int32_t rounds = head[kStrips];
   columns += s;
   weights += s * L;
-  for (int32_t p = 0; p < rounds; p++, columns += kStrips, weights += kStrips * L)
-    SNLP_UNROLL for (int i = 0; i < S; i++) {
+  for (int32_t p = 0; p < rounds; p++, columns += kStrips, weights += kStrips * L) {
+    for (int line = 0; line < S * L; line += kPiece) __builtin_prefetch(weights + kPackedAhead + line);
+    uint64_t four = 0;  // columns: the loads of a round are what takes its time
+    SNLP_UNROLL for (int i = 0; i < S; i++, four >>= 16) {
+      if (i % 4 == 0) memcpy(&four, columns + i, S < 4 ? 2 * S : 8);
+      const uint16_t column = (uint16_t)four;
       const VecL<L> w = load<L>(weights + i * L);
       SNLP_UNROLL for (int m = 0; m < MT; m++)
-        sum[i][m] = D::template dot<L>(sum[i][m], splat_word<L>(x + m * x_token + columns[i]), w);
+        sum[i][m] = D::template dot<L>(sum[i][m], splat_word<L>(x + m * x_token + column), w);
     }
+  }
   SNLP_UNROLL for (int i = 0; i < S; i++) {
     const int64_t row = head[s + i];
     if (row < 0) continue;
