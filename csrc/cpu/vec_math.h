@@ -29,7 +29,7 @@ SNLP_INLINE Vec exp(Vec x) {
   return x == x ? y : x;
 }
 
-// 2^x for x <= 0, to 3e-7 of it; 2^-126 below -126, and NaN for NaN.
+// 2^x for x < 127, to 3e-7 of it; 2^-126 below -126, and NaN for NaN.
 SNLP_INLINE Vec exp2_below(Vec x) {
   const Vec clamped = max(splat(-126.0f), x);
   const float round = 12582912.0f;

@@ -12,8 +12,8 @@
 // through.
 class Parts {
  public:
-  explicit Parts(int64_t count) : next_(count) {}
-  int64_t count() const { return static_cast<int64_t>(next_.size()); }
+  explicit Parts(int64_t count) : parts_(count) {}
+  int64_t count() const { return static_cast<int64_t>(parts_.size()); }
 
   // All phases, as the thread of the parts [begin, end).
   template <class Work>
@@ -21,7 +21,7 @@ class Parts {
     for (int64_t phase = 0; phase < phases; phase++) {
       take(phase, begin, end, work);
       constexpr int kSpins = 4000;
-      for (int spins = 0; finished_.load(std::memory_order_acquire) < (phase + 1) * count(); spins++) {
+      for (int spins = 0; !done(phase); spins++) {
         if (spins < kSpins) {
 #if defined(__x86_64__)
           __builtin_ia32_pause();
@@ -35,25 +35,33 @@ class Parts {
   }
 
  private:
-  struct alignas(64) Next {
-    std::atomic<int64_t> phase{0};
+  // How many phases of a part were taken, and done. Apart, also from the line that a core prefetches with its
+  // neighbour: `taken` is the own thread's until another one has waited long, `done` is what the others look at.
+  struct Part {
+    alignas(128) std::atomic<int64_t> taken{0};
+    alignas(128) std::atomic<int64_t> done{0};
   };
+
+  bool done(int64_t phase) const {
+    for (const Part& part : parts_)
+      if (part.done.load(std::memory_order_acquire) <= phase) return false;
+    return true;
+  }
 
   template <class Work>
   bool take(int64_t phase, int64_t begin, int64_t end, const Work& work) {
     bool any = false;
     for (int64_t part = begin; part < end; part++) {
       int64_t expected = phase;
-      if (!next_[part].phase.compare_exchange_strong(expected, phase + 1, std::memory_order_acq_rel)) continue;
+      if (!parts_[part].taken.compare_exchange_strong(expected, phase + 1, std::memory_order_acq_rel)) continue;
       work(phase, part);
-      finished_.fetch_add(1, std::memory_order_release);
+      parts_[part].done.store(phase + 1, std::memory_order_release);
       any = true;
     }
     return any;
   }
 
-  std::vector<Next> next_;
-  alignas(64) std::atomic<int64_t> finished_{0};
+  std::vector<Part> parts_;
 };
 
 constexpr int64_t kWorkPerThread = 1 << 15;  // multiply-adds below which a second thread costs more than it saves

@@ -55,18 +55,21 @@ std::tuple<Tensor, Tensor, Tensor> sparse_gru(
   const auto cell = [&](const CellStep& at) {
     const int64_t d = at.direction - directions.data();
     SparseGru a{};
-    a.inputs = at.inputs;
-    for (int gate = 0; gate < G; gate++) a.states[gate] = at.states + gate * at.states_gate;
+    for (int gate = 0; gate < G; gate++) {
+      a.inputs[gate] = at.inputs.data + gate * at.inputs.gate;
+      a.states[gate] = at.states.data + gate * at.states.gate;
+    }
     a.bias = biases.empty() ? nullptr : biases[2 * d + 1].data_ptr();
-    a.h_before = at.h_before;
     a.h = at.h;
     a.y = at.y;
     a.h_n = at.h_n;
     a.gates = save ? floats(gates) + (d * steps.tokens + at.token) * 4 * H : nullptr;
     a.M = at.M;
     a.H = H;
-    a.states_stride = at.states_stride;
+    a.inputs_stride = at.inputs.stride;
+    a.states_stride = at.states.stride;
     a.y_stride = D * H;
+    a.ended = at.ended;
     a.begin = at.begin;
     a.end = at.end;
     kernel(a);

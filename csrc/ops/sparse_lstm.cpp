@@ -29,6 +29,13 @@ SparseLstmGradKernel* grad_kernel(Dtype dtype) {
   return best_kernel(list);
 }
 
+// The units [begin, end) of B x H cells, as floats.
+void load_cells(const void* c0, Dtype dtype, int64_t B, int64_t H, int64_t begin, int64_t end, float* cells) {
+  for (int64_t m = 0; m < B; m++)
+    for (int64_t unit = m * H + begin; unit < m * H + end; unit++)
+      *cells++ = dtype == f32 ? read(static_cast<const float*>(c0)[unit]) : read(static_cast<const uint16_t*>(c0)[unit]);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_lstm(
     const Tensor& x_any, const std::optional<Tensor>& batch_sizes, const Tensors& crow, const Tensors& col,
     const Tensors& values, const Tensors& scales, const Tensors& biases_any, const Tensor& h0, const Tensor& c0,
@@ -50,18 +57,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_lstm(
   Tensor y = empty(sizes, x.scalar_type());
   Tensor gates = saved_tensor(save, {D, saved, G * H}), cells = saved_tensor(save, {D, saved, H});
   if (steps.tokens == 0) return {y, h_n, c_n, gates, cells};
-  Tensor c = dtype == f32 ? c_n : widened(c_n);
 
   SparseLstmKernel* kernel = cell_kernel(dtype);
   std::vector<Direction> directions(D);
   const auto cell = [&](const CellStep& at) {
     const int64_t d = at.direction - directions.data(), first = d * steps.tokens + at.token;
     SparseLstm a{};
-    a.inputs = at.inputs;
-    for (int gate = 0; gate < G; gate++) a.states[gate] = at.states + gate * at.states_gate;
+    for (int gate = 0; gate < G; gate++) {
+      a.inputs[gate] = at.inputs.data + gate * at.inputs.gate;
+      a.states[gate] = at.states.data + gate * at.states.gate;
+    }
     a.bias = biases.empty() ? nullptr : biases[2 * d + 1].data_ptr();
-    a.c = floats(c) + d * B * H;
+    a.c = at.cells;
     a.c_n = bytes(c_n) + d * B * H * item;
+    if (at.first) load_cells(a.c_n, dtype, B, H, at.begin, at.end, at.cells);
     a.h = at.h;
     a.y = at.y;
     a.h_n = at.h_n;
@@ -69,8 +78,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_lstm(
     a.cells = save ? floats(cells) + first * H : nullptr;
     a.M = at.M;
     a.H = H;
-    a.states_stride = at.states_stride;
+    a.inputs_stride = at.inputs.stride;
+    a.states_stride = at.states.stride;
     a.y_stride = D * P;
+    a.ended = at.ended;
     a.begin = at.begin;
     a.end = at.end;
     kernel(a);

@@ -33,24 +33,29 @@ struct Shape {
 void forward(Entry& kernel, const Shape& s, Random& random) {
   const int64_t units = s.end - s.begin, gap = random.below(3);
   const Dtype dtype = kernel.dtype;
-  Rows inputs(dtype, s.M, 3 * s.H, 0, random, -6, 6), bias(dtype, 1, 3 * s.H, 0, random, -2, 2);
-  Rows before(dtype, s.M, s.H, 0, random, -1, 1);
-  std::vector<Rows> states;
+  const int64_t input_gap = random.below(3), ended = random.below(s.M + 1);
+  Rows bias(dtype, 1, 3 * s.H, 0, random, -2, 2);
+  std::vector<Rows> inputs, states;
+  for (int gate = 0; gate < 3; gate++) inputs.emplace_back(dtype, s.M, units, input_gap, random, -6, 6);
   for (int gate = 0; gate < 3; gate++) states.emplace_back(dtype, s.M, units, gap, random, -6, 6);
   Array h(dtype, s.M * s.H), y(dtype, s.M * s.H), h_n(dtype, s.M * s.H), gates(f32, 4 * s.M * s.H);
+  for (int64_t m = 0; m < s.M; m++)
+    for (int64_t u = s.begin; u < s.end; u++) h.set(m * s.H + u, random.uniform(-1, 1));
+  const Array before(h);
   SparseGru a{};
-  a.inputs = inputs.data.data();
+  for (int gate = 0; gate < 3; gate++) a.inputs[gate] = inputs[gate].data.data();
   for (int gate = 0; gate < 3; gate++) a.states[gate] = states[gate].data.data();
   a.bias = s.bias ? bias.data.data() : nullptr;
-  a.h_before = before.data.data();
   a.h = h.data();
   a.y = y.data();
   a.h_n = h_n.data();
   a.gates = s.save ? (float*)gates.data() : nullptr;
   a.M = s.M;
   a.H = s.H;
+  a.inputs_stride = units + input_gap;
   a.states_stride = units + gap;
   a.y_stride = s.H;
+  a.ended = ended;
   a.begin = s.begin;
   a.end = s.end;
   kernel.run(a);
@@ -60,15 +65,17 @@ void forward(Entry& kernel, const Shape& s, Random& random) {
     for (int64_t u = s.begin; u < s.end; u++) {
       double state[3];
       for (int g = 0; g < 3; g++) state[g] = states[g](m, u - s.begin) + (s.bias ? bias(0, g * s.H + u) : 0);
-      const double r = sigmoid(inputs(m, u) + state[0]), z = sigmoid(inputs(m, s.H + u) + state[1]);
-      const double n = tanh(inputs(m, 2 * s.H + u) + r * state[2]), out = (1 - z) * n + z * before(m, u);
-      const int64_t at = m * s.H + u;
-      for (const Array* result : {&h, &y, &h_n}) check.expect("h", *result, dtype, at, out);
+      const int64_t at = m * s.H + u, own = u - s.begin;
+      const double r = sigmoid(inputs[0](m, own) + state[0]), z = sigmoid(inputs[1](m, own) + state[1]);
+      const double n = tanh(inputs[2](m, own) + r * state[2]), out = (1 - z) * n + z * before.get(at);
+      for (const Array* result : {&h, &y}) check.expect("h", *result, dtype, at, out);
+      if (m >= ended) check.expect("h_n", h_n, dtype, at, out);
       if (!s.save) continue;
       const double saved[] = {r, z, n, state[2]};
       for (int g = 0; g < 4; g++) check.expect("gates", gates, f32, (m * 4 + g) * s.H + u, saved[g]);
     }
   for (const Array* result : {&h, &y, &h_n}) check.untouched("h", *result, s.M, 1, s.H, s.begin, s.end);
+  check.untouched("h_n", h_n, ended, 1, s.H, s.H, 0);
   check.untouched("gates", gates, s.M, 4, s.H, s.save ? s.begin : s.H, s.save ? s.end : 0);
 }
 

@@ -34,16 +34,17 @@ struct Shape {
 void forward(Entry& kernel, const Shape& s, Random& random) {
   const int64_t units = s.end - s.begin, gap = random.below(3);
   const Dtype dtype = kernel.dtype;
-  Rows inputs(dtype, s.M, 4 * s.H, 0, random, -6, 6), bias(dtype, 1, 4 * s.H, 0, random, -2, 2);
-  std::vector<Rows> states;
+  const int64_t input_gap = random.below(3), ended = random.below(s.M + 1);
+  Rows bias(dtype, 1, 4 * s.H, 0, random, -2, 2);
+  std::vector<Rows> inputs, states;
+  for (int gate = 0; gate < 4; gate++) inputs.emplace_back(dtype, s.M, units, input_gap, random, -6, 6);
   for (int gate = 0; gate < 4; gate++) states.emplace_back(dtype, s.M, units, gap, random, -6, 6);
-  Array c(f32, s.M * s.H), c_n(dtype, s.M * s.H), h(dtype, s.M * s.H), y(dtype, s.M * s.H), h_n(dtype, s.M * s.H);
+  Array c(f32, s.M * units), c_n(dtype, s.M * s.H), h(dtype, s.M * s.H), y(dtype, s.M * s.H), h_n(dtype, s.M * s.H);
   Array gates(f32, 4 * s.M * s.H), cells(f32, s.M * s.H);
-  for (int64_t m = 0; m < s.M; m++)
-    for (int64_t u = s.begin; u < s.end; u++) c.set(m * s.H + u, random.uniform(-3, 3));
+  for (int64_t i = 0; i < s.M * units; i++) c.set(i, random.uniform(-3, 3));
   const Array before(c);
   SparseLstm a{};
-  a.inputs = inputs.data.data();
+  for (int gate = 0; gate < 4; gate++) a.inputs[gate] = inputs[gate].data.data();
   for (int gate = 0; gate < 4; gate++) a.states[gate] = states[gate].data.data();
   a.bias = s.bias ? bias.data.data() : nullptr;
   a.c = (float*)c.data();
@@ -55,8 +56,10 @@ void forward(Entry& kernel, const Shape& s, Random& random) {
   a.cells = s.save ? (float*)cells.data() : nullptr;
   a.M = s.M;
   a.H = s.H;
+  a.inputs_stride = units + input_gap;
   a.states_stride = units + gap;
   a.y_stride = s.H;
+  a.ended = ended;
   a.begin = s.begin;
   a.end = s.end;
   kernel.run(a);
@@ -66,20 +69,23 @@ void forward(Entry& kernel, const Shape& s, Random& random) {
     for (int64_t u = s.begin; u < s.end; u++) {
       double gate[4];
       for (int g = 0; g < 4; g++) {
-        const double sum = inputs(m, g * s.H + u) + states[g](m, u - s.begin) + (s.bias ? bias(0, g * s.H + u) : 0);
+        const double sum = inputs[g](m, u - s.begin) + states[g](m, u - s.begin) + (s.bias ? bias(0, g * s.H + u) : 0);
         gate[g] = g == 2 ? tanh(sum) : sigmoid(sum);
         if (s.save) check.expect("gates", gates, f32, (m * 4 + g) * s.H + u, gate[g]);
       }
-      const int64_t at = m * s.H + u;
-      const double cell = gate[1] * before.get(at) + gate[0] * gate[2], out = gate[3] * tanh(cell);
-      check.expect("c", c, f32, at, cell, 3);
-      check.expect("c_n", c_n, dtype, at, cell, 3);
+      const int64_t at = m * s.H + u, own = m * units + u - s.begin;
+      const double cell = gate[1] * before.get(own) + gate[0] * gate[2], out = gate[3] * tanh(cell);
+      check.expect("c", c, f32, own, cell, 3);
       check.expect("h", h, dtype, at, out);
       if (s.plain) check.expect("y", y, dtype, at, out);
-      if (s.plain) check.expect("h_n", h_n, dtype, at, out);
+      if (m >= ended) check.expect("c_n", c_n, dtype, at, cell, 3);
+      if (m >= ended && s.plain) check.expect("h_n", h_n, dtype, at, out);
       if (s.save) check.expect("cells", cells, f32, at, cell, 3);
     }
-  check.untouched("c", c, s.M, 1, s.H, s.begin, s.end);
+  for (const Array* result : {&c_n, &h_n}) {
+    check.untouched("states", *result, ended, 1, s.H, s.H, 0);
+    check.untouched("states", *result, s.M, 1, s.H, s.begin, s.end);
+  }
   check.untouched("h", h, s.M, 1, s.H, s.begin, s.end);
   check.untouched("gates", gates, s.M, 4, s.H, s.save ? s.begin : s.H, s.save ? s.end : 0);
   check.untouched("y", y, s.M, 1, s.H, s.plain ? s.begin : s.H, s.plain ? s.end : 0);

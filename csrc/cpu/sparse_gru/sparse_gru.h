@@ -7,15 +7,15 @@
 struct SparseGru {
   static constexpr int kGates = 3;  // reset, update, new: of each, H rows of the weights
 
-  const void* inputs;     // E, M x 3 H: W_ih x + b_ih
-  const void* states[3];  // E, of each gate: W_hh h, M x states_stride, from unit `begin` on
+  const void* inputs[3];  // E, of each gate: W_ih x + b_ih, M x inputs_stride, from unit `begin` on
+  const void* states[3];  // E, of each gate: W_hh h, M x states_stride, likewise
   const void* bias;       // E, 3 H: b_hh, or null
-  const void* h_before;   // E, M x H
-  void* h;                // E, M x H: hidden state after the step
+  void* h;                // E, M x H: hidden state before the step, and after it
   void* y;                // E, M x y_stride: the same
-  void* h_n;              // E, M x H: the same
+  void* h_n;              // E, M x H: the same, of the sequences from `ended` on
   float* gates;           // M x 4 H: reset, update, new, and what reset multiplies; or null
-  int64_t M, H, states_stride, y_stride;
+  int64_t M, H, inputs_stride, states_stride, y_stride;
+  int64_t ended;       // the first of the sequences that take no further step
   int64_t begin, end;  // units
 };
 

@@ -6,30 +6,43 @@
 
 namespace {
 
+// `wide` units from `unit` on, of sequence m.
 template <class E>
-void sparse_lstm(const SparseLstm& a) {
-  for (int64_t m = 0; m < a.M; m++)
-    for (int64_t unit = a.begin; unit < a.end; unit += kLanes) {
-      const int64_t wide = smaller(kLanes, a.end - unit), at = m * a.H + unit;
-      Vec sums[4];
-      SNLP_UNROLL for (int gate = 0; gate < 4; gate++)
-        sums[gate] = from_input<E>(a, gate, m, unit, wide) + from_state<E>(a, gate, m, unit, wide);
-      const Vec i = sigmoid(sums[0]), f = sigmoid(sums[1]), g = tanh(sums[2]), o = sigmoid(sums[3]);
-      const Vec c = f * load_first(a.c + at, wide) + i * g, h = o * tanh(c);
-      store_first(a.c + at, c, wide);
-      store_first((E*)a.c_n + at, c, wide);
-      store_first((E*)a.h + at, h, wide);
-      if (a.y) store_first((E*)a.y + m * a.y_stride + unit, h, wide);
-      if (a.h_n) store_first((E*)a.h_n + at, h, wide);
-      if (a.gates) {
-        float* gates = a.gates + 4 * m * a.H + unit;
-        store_first(gates, i, wide);
-        store_first(gates + a.H, f, wide);
-        store_first(gates + 2 * a.H, g, wide);
-        store_first(gates + 3 * a.H, o, wide);
-        store_first(a.cells + at, c, wide);
-      }
-    }
+SNLP_INLINE void lstm_cell(const SparseLstm& a, int64_t m, int64_t unit, int64_t wide) {
+  const int64_t at = m * a.H + unit;
+  Vec sums[4];
+  SNLP_UNROLL for (int gate = 0; gate < 4; gate++)
+    sums[gate] = from_input<E>(a, gate, m, unit, wide) + from_state<E>(a, gate, m, unit, wide);
+  const Vec over_i = over_sigmoid(sums[0]), over_f = over_sigmoid(sums[1]), over_o = over_sigmoid(sums[3]);
+  const Ratio g = tanh_ratio(sums[2]);
+  float* cell = a.c + m * (a.end - a.begin) + unit - a.begin;
+  const Vec c = load_first(cell, wide) / over_f + g.above / (over_i * g.below);
+  const Ratio squashed = tanh_ratio(c);
+  const Vec h = squashed.above / (over_o * squashed.below);
+  store_first(cell, c, wide);
+  store_first((E*)a.h + at, h, wide);
+  if (a.y) store_first((E*)a.y + m * a.y_stride + unit, h, wide);
+  if (m >= a.ended) {
+    store_first((E*)a.c_n + at, c, wide);
+    if (a.h_n) store_first((E*)a.h_n + at, h, wide);
+  }
+  if (a.gates) {
+    float* gates = a.gates + 4 * m * a.H + unit;
+    store_first(gates, 1.0f / over_i, wide);
+    store_first(gates + a.H, 1.0f / over_f, wide);
+    store_first(gates + 2 * a.H, g.above / g.below, wide);
+    store_first(gates + 3 * a.H, 1.0f / over_o, wide);
+    store_first(a.cells + at, c, wide);
+  }
+}
+
+template <class E>
+void sparse_lstm(const SparseLstm a) {
+  for (int64_t m = 0; m < a.M; m++) {
+    int64_t unit = a.begin;
+    for (; unit + kLanes <= a.end; unit += kLanes) lstm_cell<E>(a, m, unit, kLanes);
+    if (unit < a.end) lstm_cell<E>(a, m, unit, a.end - unit);
+  }
 }
 
 template <class E>

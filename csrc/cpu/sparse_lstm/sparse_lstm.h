@@ -7,17 +7,18 @@
 struct SparseLstm {
   static constexpr int kGates = 4;  // input, forget, cell, output: of each, H rows of the weights
 
-  const void* inputs;     // E, M x 4 H: W_ih x + b_ih
-  const void* states[4];  // E, of each gate: W_hh h, M x states_stride, from unit `begin` on
+  const void* inputs[4];  // E, of each gate: W_ih x + b_ih, M x inputs_stride, from unit `begin` on
+  const void* states[4];  // E, of each gate: W_hh h, M x states_stride, likewise
   const void* bias;       // E, 4 H: b_hh, or null
-  float* c;               // M x H: cells before the step, and after it
-  void* c_n;              // E, M x H: the same
+  float* c;               // M x (end - begin): cells before the step, and after it
+  void* c_n;              // E, M x H: the cells of the sequences from `ended` on
   void* h;                // E, M x H: hidden state after the step
   void* y;                // E, M x y_stride: the same; null where it is projected first
-  void* h_n;              // E, M x H: the same, or null
+  void* h_n;              // E, M x H: the same, of the sequences from `ended` on; or null
   float* gates;           // M x 4 H, after sigmoid and tanh, for the backward pass; or null
   float* cells;           // M x H, with gates
-  int64_t M, H, states_stride, y_stride;
+  int64_t M, H, inputs_stride, states_stride, y_stride;
+  int64_t ended;       // the first of the sequences that take no further step
   int64_t begin, end;  // units
 };
 
