@@ -262,13 +262,15 @@ class SparseRecurrent(nn.Module):
         cells = self.num_layers * self._directions
         shapes = [(cells, batch, size) for size in self._state_sizes()]
         if states is None:
-            states = tuple(x.new_zeros(shape) for shape in shapes)
-        for state, shape in zip(states, shapes, strict=True):
-            if state.shape != shape or state.dtype != dtype or state.device != x.device:
-                raise ValueError(
-                    f"{self._kind}: expected states of shape {shape} and dtype {dtype} on {x.device}, "
-                    f"got {tuple(state.shape)} and {state.dtype} on {state.device}"
-                )
+            zeros = x.new_zeros(shapes[0])  # h and c may be one tensor: neither is written
+            states = tuple(zeros if shape == shapes[0] else x.new_zeros(shape) for shape in shapes)
+        else:
+            for state, shape in zip(states, shapes, strict=True):
+                if state.shape != shape or state.dtype != dtype or state.device != x.device:
+                    raise ValueError(
+                        f"{self._kind}: expected states of shape {shape} and dtype {dtype} on {x.device}, "
+                        f"got {tuple(state.shape)} and {state.dtype} on {state.device}"
+                    )
         if dense:
             return dense_layers(self, x, batch_sizes, states)
         after: list[States] = []
