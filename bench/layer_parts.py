@@ -38,10 +38,13 @@ def main(op: str, description: str | None, shapes: dict[Shape, str], dtypes: tup
     write_record(arguments.output / f"{op}.json", results=results)
 
 
-def measure(op: str, cell: Cell, shape: Shape, dtype: str, threads: int, seconds: float) -> dict:
-    """One cell of the sweep: times, the ratio to each baseline, and FLOP/s beside what the machine can do."""
+def measure(op: str, cell: Cell, shape: Shape, dtype: str, threads: int, seconds: float, warm: bool = False) -> dict:
+    """One cell of the sweep: times, the ratio to each baseline, and FLOP/s beside what the machine can do.
+
+    warm  as in `interleave`
+    """
     steps, operations = cell(shape, dtype)
-    timings = interleave(steps | limit_steps(), seconds)
+    timings = interleave(steps | limit_steps(), seconds, warm=warm)
     peak = limits(timings, threads).get("fma_flops")
     rate = operations / timings[op].median
     return {
