@@ -207,6 +207,10 @@ THREADED = [  # enough work in a step for several threads
         (136, 4, 2, (8, 1)),
     )
 ]
+THREADED += [
+    replace(THREADED[1], lengths=(6, 4, 4, 2, 1), seed=1),  # sequences end, and in one direction begin, at every step
+    replace(THREADED[1], lengths=(6, 4, 4, 2, 1), block=(8, 4), int8=True),
+]
 
 
 def gradients(case: RecurrentCase, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
