@@ -76,9 +76,9 @@ CELLS: dict[str, Cell] = {
     "matcher, words": Cell(model="matcher", data=SIBLINGS, epochs=2, options={"comparison": "words"}),
     "lstm-lm": Cell(
         model="lstm-lm",
-        data=REVIEWS | {"count": 2000},
-        epochs=15,
-        recovery=3,
+        data=REVIEWS,
+        epochs=8,
+        recovery=2,
         options={"embedding_size": 256, "hidden_size": 256},
     ),
     "seq2seq": Cell(
