@@ -1,7 +1,7 @@
 """What data sheets and compiled code say of a GPU's time. Nothing here is measured.
 
 occupancy   how many CTAs fit on one processor, from their registers, shared memory and warps
-floor       the least time of a layer: what it must read and write over the memory's rate, or what it must multiply over
+floor       the least time of an op: what it must read and write over the memory's rate, or what it must multiply over
             the peak, whichever is longer
 efficiency  the share of the peak that a kernel's loop can reach. A turn takes the longest of
                 flops  / FLOPs that a processor does per clock
@@ -17,6 +17,7 @@ break_even  the least sparsity at which the sparse layer's floor, with the peak 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from gpu_loop import Loop
 
@@ -93,6 +94,20 @@ GPUS = [
 LAYERS = [(768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 14336)]  # K -> N
 TOKENS = [1, 128, 4096]
 SPARSITIES = [0.0, 0.5, 0.75, 0.9]
+LENGTHS = [1024, 4096]  # of attention, with 12 heads of 64
+UNITS = [512, 1024]  # of a recurrent layer, with 128 steps of one and of 16 sequences
+
+
+class Work(Protocol):
+    """item is the bytes of a value."""
+
+    @property
+    def item(self) -> int: ...
+
+    def memory(self, stored: float) -> float:
+        """Bytes read and written once, with a share `stored` of the weights, or of the keys of each query."""
+
+    def flops(self, stored: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -113,10 +128,47 @@ class Layer:
         return 2 * self.tokens * stored * self.inputs * self.outputs
 
 
-def floor(layer: Layer, sparsity: float, gpu: Gpu) -> tuple[float, str]:
+@dataclass(frozen=True)
+class Attention:
+    """softmax(q kᵀ) v, forward; its softmax is left out."""
+
+    length: int
+    heads: int = 12
+    size: int = 64
+    item: int = 2
+
+    def memory(self, stored: float) -> float:
+        return 4 * self.heads * self.length * self.size * self.item
+
+    def flops(self, stored: float) -> float:
+        return 4 * self.heads * self.length**2 * stored * self.size
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """The steps of an LSTM (4 gates) or GRU (3), forward: what inputs add is there, W_hh is read once and kept.
+
+    That a step waits for the one before, which is most of the time of few sequences, is left out.
+    """
+
+    gates: int
+    units: int
+    sequences: int
+    steps: int = 128
+    item: int = 2
+
+    def memory(self, stored: float) -> float:
+        each = (self.gates + 1) * self.units * self.item  # the sums read, and the hidden state written
+        return stored * self.gates * self.units**2 * self.item + self.steps * self.sequences * each
+
+    def flops(self, stored: float) -> float:
+        return 2 * self.gates * self.units**2 * stored * self.steps * self.sequences
+
+
+def floor(work: Work, sparsity: float, gpu: Gpu) -> tuple[float, str]:
     """Least microseconds, and whether memory or arithmetic bounds it; indices are left out."""
-    memory = layer.memory(1 - sparsity) / (gpu.gbytes * 1e3)
-    arithmetic = layer.flops(1 - sparsity) / gpu.peak(layer.item) * 1e6
+    memory = work.memory(1 - sparsity) / (gpu.gbytes * 1e3)
+    arithmetic = work.flops(1 - sparsity) / gpu.peak(work.item) * 1e6
     return max(memory, arithmetic), "memory" if memory >= arithmetic else "arithmetic"
 
 

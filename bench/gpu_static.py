@@ -5,9 +5,9 @@
 machine code  for each row of tests/gpu/kernel_cases.py, compiled at its large size: registers, shared memory, the CTAs
               that fit on one processor and the share of its warps that they fill, what a turn of its loop multiplies
               and reads, and how many instructions there are of each class; the CUDA kernels where nvcc has built them
-roofline      for standard layers: the least time that memory and arithmetic allow, dense and at three sparsities.
-              No kernel reaches it, and a sparse kernel is further from it than a dense one: it bounds the gain, it
-              does not predict it
+roofline      for standard shapes of each op: the least time that memory and arithmetic allow, dense and at three
+              sparsities (of attention: shares of the keys that a query does not see). No kernel reaches it, and a
+              sparse kernel is further from it than a dense one: it bounds the gain, it does not predict it
 break-even    for bsr_linear, by block and dtype: the share of the peak that its loop can reach, what bounds it, and the
               sparsity from which the layer is predicted to be faster than dense, beside the published ones of another
               kernel
@@ -35,10 +35,15 @@ from gpu_loop import Loop, hot_loop  # noqa: E402
 from gpu_model import (  # noqa: E402
     GPUS,
     LAYERS,
+    LENGTHS,
     PROCESSORS,
     SPARSITIES,
     TOKENS,
+    UNITS,
+    Attention,
     Layer,
+    Recurrent,
+    Work,
     break_even,
     ctas_per_processor,
     efficiency,
@@ -66,6 +71,7 @@ NM_LINEAR_TILES = {"large": (128, 128), "small": (64, 32), "few": (16, 8)}
 # For csrc/cuda/persistent.h: a layer whose W_hh is in blocks of 8x1. Shared memory keeps it, so that a block of threads
 # fills a multiprocessor.
 RECURRENT_UNITS, RECURRENT_DENSITY = 1024, 0.1
+RECURRENT_GATES = {"sparse_lstm": 4, "sparse_gru": 3}
 RECURRENT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (8, 1), (32, 1)]
@@ -114,7 +120,7 @@ def nm_linear_machine_code(target: str) -> Iterator[dict[str, Any]]:
 
 def recurrent_machine_code(target: str) -> Iterator[dict[str, Any]]:
     """A line for each persistent kernel as on an A100, of RECURRENT_UNITS; a turn is a step of a block of threads."""
-    for op, gates_of_op in (("sparse_lstm", 4), ("sparse_gru", 3)):
+    for op, gates_of_op in RECURRENT_GATES.items():
         for name, code in sorted(nvcc.machine_code_of(op, target).items()):
             words, short_type = name.split("_")[2:]
             dtype = RECURRENT_DTYPES[short_type]
@@ -143,15 +149,28 @@ def cuda_line(name: str, target: str, code: Any, launch: Any, loop: Loop) -> dic
     return line | {"instructions": code.opcodes.total()}
 
 
+def standard_shapes() -> Iterator[tuple[str, str, Work]]:
+    """(op, shape, what it must do)."""
+    for inputs, outputs in LAYERS:
+        for tokens in TOKENS:
+            yield "bsr_linear, nm_linear", f"{inputs} -> {outputs}, tokens: {tokens}", Layer(tokens, inputs, outputs)
+    for length in LENGTHS:
+        yield "block_sparse_attention", f"12 x 64, length {length}", Attention(length)
+    for op, gates_of_op in RECURRENT_GATES.items():
+        for units in UNITS:
+            for sequences in (1, 16):
+                shape = f"{units} units, 128 steps, sequences: {sequences}"
+                yield op, shape, Recurrent(gates_of_op, units, sequences)
+
+
 def roofline() -> Iterator[dict[str, Any]]:
     for gpu in GPUS:
-        for inputs, outputs in LAYERS:
-            for tokens in TOKENS:
-                line: dict[str, Any] = {"GPU": gpu.name, "layer": f"{inputs} -> {outputs}", "tokens": tokens}
-                for sparsity in SPARSITIES:
-                    time, bound = floor(Layer(tokens, inputs, outputs), sparsity, gpu)
-                    line[f"{sparsity:.0%} sparse, us"] = f"{time:.2f} {bound}"
-                yield line
+        for op, shape, work in standard_shapes():
+            line: dict[str, Any] = {"GPU": gpu.name, "op": op, "shape": shape}
+            for sparsity in SPARSITIES:
+                time, bound = floor(work, sparsity, gpu)
+                line[f"{sparsity:.0%} sparse, us"] = f"{time:.2f} {bound}"
+            yield line
 
 
 def break_evens() -> Iterator[dict[str, Any]]:

@@ -43,6 +43,13 @@ GPU = gpu_model.Gpu("", "sm_80", processors=10, ghz=1, half_tflops=100, float_tf
 def test_floor():
     assert gpu_model.floor(gpu_model.Layer(1, 1000, 1000), 0.5, GPU) == (pytest.approx(2 * 502000 / 1e6), "memory")
     assert gpu_model.floor(gpu_model.Layer(10000, 1000, 1000), 0.5, GPU) == (pytest.approx(1e10 / 1e8), "arithmetic")
+    # 1,000 queries see 500 keys: 4 x 500,000 x 10 FLOPs by heads; q, k, v and the result are 10,000 values each.
+    assert gpu_model.floor(gpu_model.Attention(1000, 2, 10), 0.5, GPU) == (pytest.approx(0.4), "arithmetic")
+    assert gpu_model.Attention(1000, 2, 10).memory(0.5) == 4 * 2 * 10_000 * 2
+    # 3 gates of 100 units, half of the weights, 2 x 10 steps: 3 sums in and 1 state out.
+    layer = gpu_model.Recurrent(3, 100, sequences=2, steps=10)
+    assert layer.flops(0.5) == 2 * 20 * 15_000
+    assert gpu_model.floor(layer, 0.5, GPU) == (pytest.approx((15_000 + 20 * 400) * 2 / 1e6), "memory")
 
 
 @pytest.mark.parametrize(
