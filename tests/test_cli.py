@@ -164,8 +164,8 @@ def test_an_unexpected_error_takes_one_line_and_can_be_traced(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sparsity", "1.0"], "sparsity: expected a fraction between 0 and 1, got 1.0"),
-        (["--sparsity", "0"], "sparsity: expected a fraction between 0 and 1, got 0.0"),
+        (["--sparsity", "1.0"], "sparsity: expected a fraction from 0 to below 1, got 1.0"),
+        (["--sparsity", "0"], "sparsity: expected more than 0 where nothing is removed whole, got 0"),
         (["--pattern", "blocks"], "pattern: expected "),
         (["--pattern", "5x1"], "prune_: bert.encoder.layer.0.attention.self.query: 5x1: expected a shape divisible"),
         (["--criterion", "luck"], "criterion: expected one of"),
