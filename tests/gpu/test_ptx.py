@@ -654,7 +654,11 @@ def hand_over(release: str, acquire: str, before: str = "", after: str = "") -> 
     return kernel(body, 1)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+IMPATIENT = [ptx.LockStep(), *(ptx.Adversarial(seed, patience=(1, 3, 30)) for seed in range(3))]
+"""Schedules that do not leave a CTA for long to spin, of which each atomic takes milliseconds."""
+
+
+@pytest.mark.parametrize("schedule", IMPATIENT, ids=repr)
 @pytest.mark.parametrize(
     "parts",
     [
