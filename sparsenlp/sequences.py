@@ -156,12 +156,12 @@ def answers(model: Any, tokenizer: Any, sources: Sequence[str], batch_size: int 
     return found
 
 
-def judge_windows(model: nn.Module, windows: Tensor) -> Perplexity:
+def judge_windows(model: nn.Module, windows: Tensor, batch_size: int = 4) -> Perplexity:
     """How well a language model predicts windows (W, L) int64. Raises as `train.perplexity`."""
     predicted = windows[:, 1:].flatten()
     shares = predicted.bincount().double() / predicted.numel()
     unigram = exp(-float(shares.xlogy(shares).sum()))
-    return Perplexity(perplexity(model, windows), predicted.numel(), unigram)
+    return Perplexity(perplexity(model, windows, batch_size), predicted.numel(), unigram)
 
 
 def judge_answers(

@@ -75,7 +75,13 @@ def test_a_language_model_learns_its_texts_and_is_pruned(pairs, tmp_path):
     quality = json.loads((sparse / "sparsenlp.json").read_text())["quality"]
     assert quality["dense"]["perplexity"] == pytest.approx(reached)
     assert quality["sparse"]["perplexity"] < 4
-    shown = succeed("eval", sparse, *data[:2], *data[4:], "--against", out).stdout
+    sizes = set()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: sizes.add(len(inputs[0])) if isinstance(module, torch.nn.Embedding) else None
+    )
+    with hook:
+        shown = succeed("eval", sparse, *data[:2], *data[4:], "--against", out, "--batch-size", "3").stdout
+    assert sizes == {1, 3}, "four windows"
     assert f"{quality['sparse']['perplexity']:.1f}" in shown
     assert f"{reached:.1f}" in shown
     assert AutoModelForCausalLM.from_pretrained(sparse)(windows).logits.shape == (4, 64, len(tokenizer))

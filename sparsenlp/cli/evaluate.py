@@ -57,7 +57,7 @@ def evaluate(
         source = Data(train=str(data), test=str(data), text_column=text_column, text_pair_column=text_pair_column)
         columns = token_texts(source, config.is_encoder_decoder, seed=0)
         task = token_prediction(tokenizer, *columns, max_length, seed=0)
-        outputs, compare = task.outputs, task.judge
+        outputs, compare = partial(task.outputs, batch_size=batch_size), task.judge
     else:
         texts = load_texts(data, config, text_column, label_column, text_pair_column)
         tokens = tokenize(texts, tokenizer, min(max_length, max_tokens(config, tokenizer) or max_length))

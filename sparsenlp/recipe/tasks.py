@@ -145,6 +145,10 @@ class Classification(Trained):
 class TokenPrediction(Trained):
     """Of one of our models that predict tokens; `train` has them as labels."""
 
+    def outputs(self, model: nn.Module, batch_size: int = 4) -> Any:
+        """As of any task, so many windows or sources at a time."""
+        raise NotImplementedError
+
     def finetune(self, model: nn.Module, config: FinetuneConfig, state: Path) -> None:
         training.train_sequences(model, self.train, config, state)
 
@@ -166,8 +170,8 @@ class NextToken(TokenPrediction):
 
     test: Tensor
 
-    def outputs(self, model: nn.Module) -> Perplexity:
-        return judge_windows(model, self.test)
+    def outputs(self, model: nn.Module, batch_size: int = 4) -> Perplexity:
+        return judge_windows(model, self.test, batch_size)
 
     def judge(self, outputs: Perplexity, reference: Perplexity | None = None) -> Perplexity:
         return outputs
@@ -183,8 +187,8 @@ class Answering(TokenPrediction):
     targets: list[str]
     longest: int
 
-    def outputs(self, model: nn.Module) -> list[str]:
-        return answers(model, self.tokenizer, self.sources, max_new_tokens=self.longest)
+    def outputs(self, model: nn.Module, batch_size: int = 64) -> list[str]:
+        return answers(model, self.tokenizer, self.sources, batch_size, max_new_tokens=self.longest)
 
     def judge(self, outputs: list[str], reference: list[str] | None = None) -> Answers:
         return judge_answers(outputs, self.tokenizer, self.targets, reference)
