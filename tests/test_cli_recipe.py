@@ -213,7 +213,7 @@ def test_only_the_named_layers_are_pruned(make, tmp_path):
     assert {".attention.self." in row["name"] for row in rows if row["sparsity"] > 0} == {True}
 
 
-@pytest.mark.parametrize("solver", ["prune", "sparsegpt", "wanda"])
+@pytest.mark.parametrize("solver", ["prune", "sparsegpt", "exact_obs", "wanda"])
 def test_one_shot_of_a_classifier(make, tmp_path, solver):
     path = make(one_shot={"solver": solver}, target="sparsity 0.5")
     succeed("prune", "--recipe", path, tmp_path / "out")

@@ -203,6 +203,14 @@ def test_targets():
         (SMALLEST | {"structured": [{"kind": "layers", "layers": [1]}]}, "recover: expected hidden_weight 0 where"),
         ({"model": "some", "data": {"task": "news_articles"}}, "one_shot: expected it for a language model"),
         ({"model": "some", "one_shot": {"solver": "sparsegpt"}}, "data: expected some for sparsegpt, got none"),
+        (
+            SMALLEST | {"one_shot": {"solver": "exact_obs"}, "prune": {"pattern": "2:4", "sparsity": 0.5}},
+            "prune.pattern: expected blocks such as 8x1 for exact_obs, got 2:4",
+        ),
+        (
+            SMALLEST | {"one_shot": {"solver": "exact_obs", "block_size": 64}},
+            "one_shot.block_size: expected none beside solver exact_obs, got one",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(content, message):

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import convert as conversion
 from ..allocation import Target
-from ..prune import CRITERIA, LayerTarget, Pattern, default_filter, parse_pattern, prunable
+from ..prune import CRITERIA, Block, LayerTarget, Pattern, default_filter, parse_pattern, prunable
 from ..prune.layers import FilterFn
 from ..prune.masks import SCOPES, check_sparsity
 from ..train import FinetuneConfig, IncrementalConfig, PruningConfig, RecoveryConfig, SequenceRecoveryConfig
@@ -186,13 +186,14 @@ class PruneRule:
 class OneShot:
     """Pruning at once, without training.
 
-    solver    "prune": by the criterion alone; "sparsegpt" and "wanda": block by block on calibration texts
-    dampening, block_size, refine_steps   of `sparsegpt_`, whose defaults None stands for
+    solver    "prune": by the criterion alone; the others a block of the model at a time, on calibration texts
+    dampening of `sparsegpt_` and `exact_obs_`, whose defaults None stands for
+    block_size, refine_steps   of `sparsegpt_`, likewise
     windows, length   for a language model: how many calibration windows, and as many to judge by; their tokens
     examples  for a classifier: training texts to calibrate on
     """
 
-    solver: Literal["prune", "sparsegpt", "wanda"] = "prune"
+    solver: Literal["prune", "sparsegpt", "exact_obs", "wanda"] = "prune"
     dampening: float | None = None
     block_size: int | None = None
     refine_steps: int | None = None
@@ -201,8 +202,9 @@ class OneShot:
     examples: int = 512
 
     def __post_init__(self) -> None:
+        taken = {"sparsegpt": ("dampening", "block_size", "refine_steps"), "exact_obs": ("dampening",)}
         for name in ("dampening", "block_size", "refine_steps"):
-            if getattr(self, name) is not None and self.solver != "sparsegpt":
+            if getattr(self, name) is not None and name not in taken.get(self.solver, ()):
                 raise ValueError(f"{name}: expected none beside solver {self.solver}, got one")
         for name in ("windows", "length", "examples"):
             if getattr(self, name) < 1:
@@ -316,11 +318,13 @@ class Recipe:
 
     def _check_criteria(self) -> None:
         solver = self.one_shot.solver if self.one_shot else ""
-        if solver in ("sparsegpt", "wanda"):
+        if solver not in ("", "prune"):
             if self.data is None:
                 raise ValueError(f"data: expected some for {solver}, got none")
             if self.prune.criterion or self.prune.scope or self.prune.layer_targets:
                 raise ValueError(f"prune: expected no criterion, scope or layer_targets beside solver {solver}")
+            if solver == "exact_obs" and not isinstance(self.prune.pattern, Block):
+                raise ValueError(f"prune.pattern: expected blocks such as 8x1 for exact_obs, got {self.prune.pattern}")
         elif (self.data is None or self.language) and _needs(self.criterion):
             raise ValueError(f"prune.criterion: expected labelled texts for {self.criterion}, got none")
         if self.data is None and any(_needs(stage.criterion) for stage in self.structured):

@@ -25,6 +25,7 @@ from ..plan import Plan
 from ..prune import (
     LayerTarget,
     Removal,
+    exact_obs_,
     finalize_,
     parse_pattern,
     prunable,
@@ -228,7 +229,7 @@ def _prune_at_once(job: Job, stage: OneShot, filter_fn: FilterFn | None) -> None
         else:
             prune_(model, rule.pattern, recipe.sparsity, recipe.criterion, recipe.scope, filter_fn, statistics)
         return
-    solver = {"sparsegpt": sparsegpt_, "wanda": wanda_}[stage.solver]
+    solver = {"sparsegpt": sparsegpt_, "exact_obs": exact_obs_, "wanda": wanda_}[stage.solver]
     names = ("dampening", "block_size", "refine_steps")
     options = {name: value for name in names if (value := getattr(stage, name)) is not None}
     batches = job.task.calibration(stage)
