@@ -27,8 +27,10 @@ def sequence_pairs(
     return _dataset(ids, labels, tokenizer.pad_token_id)
 
 
-def predicted_windows(windows: Tensor, last: int | None = None) -> TokenizedDataset:
+def predicted_windows(windows: Tensor, last: int | None = None, padding: int | None = None) -> TokenizedDataset:
     """Windows (W, L) int64 of tokens, each token of which, or of the last `last`, is to be predicted.
+
+    padding  a token that is never predicted, though the model reads it
 
     Raises ValueError for windows of another shape or `last` below 1.
     """
@@ -39,6 +41,8 @@ def predicted_windows(windows: Tensor, last: int | None = None) -> TokenizedData
     labels = windows.clone()
     if last is not None:
         labels[:, :-last] = UNLABELLED
+    if padding is not None:
+        labels[windows == padding] = UNLABELLED
     return _dataset(windows.tolist(), labels.tolist(), 0)
 
 

@@ -42,6 +42,7 @@ def test_windows_say_which_tokens_are_predicted():
     windows = torch.arange(6).view(2, 3)
     assert torch.equal(predicted_windows(windows).batch([0, 1])["labels"], windows)
     assert predicted_windows(windows, last=1).columns["labels"] == [[-100, -100, 2], [-100, -100, 5]]
+    assert predicted_windows(windows, padding=2).columns["labels"] == [[0, 1, -100], [3, 4, 5]]
 
 
 def test_errors(letters, words):
