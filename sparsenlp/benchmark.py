@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import SparseLinear
 from .layers.composite import join_composites_, replace_modules
+from .layers.quantizable import Quantizable
 from .measure import Ratio, Timing, interleave, machine, ratio, use_threads
 
 EXACT_TOLERANCE = 1e-3  # largest difference of float32 logits, relative to the largest logit
@@ -174,7 +174,7 @@ def bench(
     """Time whole forward passes of transformers models that take input_ids and attention_mask.
 
     dense      float32 model that the baselines are made from
-    sparse     models of the same architecture with SparseLinear layers, by a name for their rows; each runs
+    sparse     models of the same architecture with sparse layers, by a name for their rows; each runs
                eagerly, and compiled if "compiled fp32" is among the baselines
     settings   inputs: random token ids, all of full length
     baselines  names in BASELINES; one that cannot run becomes a row that says why
@@ -227,12 +227,12 @@ def check(dense: nn.Module, settings: Sequence[Setting], baselines: Sequence[str
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """A copy with every SparseLinear written out as an nn.Linear with zeros, and recurrent layers as torch's.
+    """A copy with sparse linear layers written out as nn.Linear with zeros, and recurrent layers as torch's.
 
     Raises ValueError for a layer with a fused activation, which an nn.Linear cannot hold.
     """
     twin = copy.deepcopy(model)
-    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, SparseLinear)}
+    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, Quantizable)}
     for name, layer in layers.items():
         if layer.activation != "none":
             raise ValueError(f"dense_twin: expected {name} without an activation, got {layer.activation}")

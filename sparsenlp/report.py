@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from .layers import SparseLinear
+from .formats import BlockSparse
 from .layers.composite import named_layers
+from .layers.quantizable import Quantizable
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One linear layer.
 
-    kind           "dense", "masked" (a parametrization or torch.nn.utils.prune) or the blocks, "8x1"
+    kind           "dense", "masked" (a parametrization or torch.nn.utils.prune), the blocks, "8x1", or N:M, "2:4"
     shape          (N, K) of the weight
     parameters     N * K + bias
     nonzeros       weights that are not zero; an explicit zero inside a stored block is a zero
@@ -136,20 +137,20 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return _cosine(*_dots(a, b))
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
-    """(name, layer) of every nn.Linear, masked ones and subclasses included, and SparseLinear, once each.
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Quantizable]]:
+    """(name, layer) of every nn.Linear, masked ones and subclasses included, SparseLinear and NMLinear, once each.
 
     The matrices of an nn.LSTM, nn.GRU or nn.Conv1d count as such.
     """
     for name, module in named_layers(model):
-        if isinstance(module, nn.Linear | SparseLinear):
+        if isinstance(module, nn.Linear | Quantizable):
             yield name, module
 
 
 @torch.no_grad()
-def effective_weight(layer: nn.Linear | SparseLinear) -> Tensor:
-    """The dense (N, K) weight the layer multiplies by now: masks applied, blocks expanded."""
-    if isinstance(layer, SparseLinear):
+def effective_weight(layer: nn.Linear | Quantizable) -> Tensor:
+    """The dense (N, K) weight the layer multiplies by now: masks applied, zeros that are not stored filled in."""
+    if isinstance(layer, Quantizable):
         return layer.weight.to_dense().detach()
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
@@ -162,13 +163,13 @@ def is_masked(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer) or hasattr(layer, "weight_orig")
 
 
-def _layer_report(name: str, layer: nn.Linear | SparseLinear) -> LayerReport:
+def _layer_report(name: str, layer: nn.Linear | Quantizable) -> LayerReport:
     rows, cols = layer.out_features, layer.in_features
     bias = layer.bias
     bias_numel, bias_bytes = (0, 0) if bias is None else (bias.numel(), _nbytes(bias))
-    if isinstance(layer, SparseLinear):
+    if isinstance(layer, Quantizable):
         weight = layer.weight
-        kind = "{}x{}".format(*weight.block)
+        kind = "{}x{}".format(*weight.block) if isinstance(weight, BlockSparse) else "{}:{}".format(*weight.pattern)
         values, stored, multiplied = weight.values, weight.nbytes, weight.values.numel()
     else:
         kind = "masked" if is_masked(layer) else "dense"
@@ -187,7 +188,7 @@ def _layer_report(name: str, layer: nn.Linear | SparseLinear) -> LayerReport:
     )
 
 
-def _products(name: str, a: nn.Linear | SparseLinear, b: nn.Linear | SparseLinear) -> tuple[float, float, float]:
+def _products(name: str, a: nn.Linear | Quantizable, b: nn.Linear | Quantizable) -> tuple[float, float, float]:
     """(a·b, a·a, b·b) of the flattened weights."""
     wa, wb = effective_weight(a), effective_weight(b)
     if wa.shape != wb.shape:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_bert import LENGTH, save_tiny_bert
 
-from sparsenlp import SparseLinear, SparsifyConfig, sparsify_
+from sparsenlp import NMLinear, SparseLinear, SparsifyConfig, sparsify_
 from sparsenlp import benchmark as b
 from sparsenlp.classifiers import load_model
 from sparsenlp.measure import Timing
@@ -141,6 +141,15 @@ def test_dense_twin_is_a_dense_copy(sparse):
     assert not any(isinstance(layer, SparseLinear) for layer in twin.modules())
     inputs = b.random_inputs(sparse, SETTINGS[1])
     torch.testing.assert_close(twin(**inputs).logits, sparse(**inputs).logits)
+
+
+def test_dense_twin_writes_out_n_of_m():
+    linear = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        linear.weight.view(8, 2, 4)[:, :, 1:3] = 0
+    (twin,) = b.dense_twin(torch.nn.Sequential(NMLinear.from_dense(linear, (2, 4))))
+    assert type(twin) is torch.nn.Linear
+    assert torch.equal(twin.weight, linear.weight)
 
 
 def test_dense_twin_refuses_a_fused_activation():

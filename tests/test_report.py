@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from sparsenlp import SparseLinear
+from sparsenlp import NMLinear, SparseLinear
 from sparsenlp.report import cosine_similarity, effective_weight, report
 
 
@@ -47,6 +47,20 @@ def test_sparse_layer_counts_what_it_stores(mlp):
     assert layer.flops == 2 * 128
     assert layer.stored_bytes == 4 * (128 + 16 + 5 + 32)
     assert report(mlp).parameters == 160 + 544 + 256
+
+
+def test_a_layer_in_n_of_m_counts_what_it_stores(mlp):
+    with torch.no_grad():
+        mlp[3].weight.view(8, 8, 4)[:, :, 1:3] = 0
+    dense = report(mlp)
+    expected = mlp[3].weight.detach().clone()
+    mlp[3] = NMLinear.from_dense(mlp[3], (2, 4))
+    layer = report(mlp).layers[1]
+    assert (layer.kind, layer.shape, layer.nonzeros, layer.sparsity) == ("2:4", (8, 32), 128, 0.5)
+    assert (layer.flops, layer.dense_flops) == (2 * 128, 2 * 256)
+    assert (layer.dense_bytes, layer.stored_bytes) == (4 * 256, (4 + 1) * 128)
+    assert report(mlp).parameters == dense.parameters
+    assert torch.equal(effective_weight(mlp[3]), expected)
 
 
 def test_masked_layers(mlp):

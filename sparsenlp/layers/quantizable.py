@@ -14,6 +14,8 @@ Layer = TypeVar("Layer", bound="Quantizable")
 class Quantizable(nn.Module):
     """A layer of a sparse format with `quantize`; it keeps `scales`, None without int8 weights, in float32."""
 
+    in_features: int
+    out_features: int
     values: nn.Parameter
     scales: Tensor | None
     bias: nn.Parameter | None
