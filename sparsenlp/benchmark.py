@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers.composite import join_composites_, replace_modules
-from .layers.quantizable import Quantizable
+from .layers.compressed_linear import CompressedLinear
 from .measure import Ratio, Timing, interleave, machine, ratio, use_threads
 
 EXACT_TOLERANCE = 1e-3  # largest difference of float32 logits, relative to the largest logit
@@ -232,7 +232,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
     Raises ValueError for a layer with a fused activation, which an nn.Linear cannot hold.
     """
     twin = copy.deepcopy(model)
-    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, Quantizable)}
+    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, CompressedLinear)}
     for name, layer in layers.items():
         if layer.activation != "none":
             raise ValueError(f"dense_twin: expected {name} without an activation, got {layer.activation}")

@@ -50,8 +50,8 @@ from torch import Tensor, nn
 
 from .layer_entries import NAME, BlockEntry, CheckpointError, LayerEntry, describe, is_count, parse_entry, read_layer
 from .layers.composite import Twin, replace_modules, split_composites_
+from .layers.compressed_linear import CompressedLinear
 from .layers.encoder import FUSED_PRECISIONS
-from .layers.quantizable import Quantizable
 from .layers.recurrent import SparseRecurrent
 from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
@@ -136,7 +136,7 @@ def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor
     Raises ValueError if a layer carries a mask, the state holds something other than tensors, or the name
     of a sparse layer has characters other than letters, digits, "_", "-" and dots between.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizable)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
     for name, module in model.named_modules():
         if is_masked(module):
             raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got a mask on {name}")

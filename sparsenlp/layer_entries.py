@@ -16,7 +16,7 @@ from .formats import NM, BlockSparse
 from .formats.block import INDEX_DTYPE
 from .formats.nm import INDEX_DTYPE as NM_INDEX_DTYPE
 from .layers import NMLinear, SparseLinear
-from .layers.quantizable import Quantizable
+from .layers.compressed_linear import CompressedLinear
 from .ops.bsr_linear import ACTIVATIONS
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -41,7 +41,7 @@ class Tensors(Protocol):
 class LayerEntry:
     """What all sparse linear layers have in config.json."""
 
-    layer: ClassVar[type[Quantizable]]
+    layer: ClassVar[type[CompressedLinear]]
 
     shape: tuple[int, int]
     bias: bool
@@ -126,7 +126,7 @@ class NMEntry(LayerEntry):
         return NMLinear(*sizes, self.bias, self.activation, self.int8, device="meta", dtype=dtype)
 
 
-def describe(name: str, layer: Quantizable, state: dict[str, Tensor]) -> dict[str, Any]:
+def describe(name: str, layer: CompressedLinear, state: dict[str, Tensor]) -> dict[str, Any]:
     """The entry of a layer for config.json; its tensors in `state` get their dtypes on disk."""
     weight = layer.weight
     int8 = weight.scales is not None

@@ -14,7 +14,9 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from .formats import BlockSparse
 from .layers.composite import named_layers
-from .layers.quantizable import Quantizable
+from .layers.compressed_linear import CompressedLinear
+
+Linear = nn.Linear | CompressedLinear
 
 
 @dataclass(frozen=True)
@@ -137,20 +139,20 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return _cosine(*_dots(a, b))
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Quantizable]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """(name, layer) of every nn.Linear, masked ones and subclasses included, SparseLinear and NMLinear, once each.
 
     The matrices of an nn.LSTM, nn.GRU or nn.Conv1d count as such.
     """
     for name, module in named_layers(model):
-        if isinstance(module, nn.Linear | Quantizable):
+        if isinstance(module, Linear):
             yield name, module
 
 
 @torch.no_grad()
-def effective_weight(layer: nn.Linear | Quantizable) -> Tensor:
+def effective_weight(layer: Linear) -> Tensor:
     """The dense (N, K) weight the layer multiplies by now: masks applied, zeros that are not stored filled in."""
-    if isinstance(layer, Quantizable):
+    if isinstance(layer, CompressedLinear):
         return layer.weight.to_dense().detach()
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
@@ -163,11 +165,11 @@ def is_masked(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer) or hasattr(layer, "weight_orig")
 
 
-def _layer_report(name: str, layer: nn.Linear | Quantizable) -> LayerReport:
+def _layer_report(name: str, layer: Linear) -> LayerReport:
     rows, cols = layer.out_features, layer.in_features
     bias = layer.bias
     bias_numel, bias_bytes = (0, 0) if bias is None else (bias.numel(), _nbytes(bias))
-    if isinstance(layer, Quantizable):
+    if isinstance(layer, CompressedLinear):
         weight = layer.weight
         kind = "{}x{}".format(*weight.block) if isinstance(weight, BlockSparse) else "{}:{}".format(*weight.pattern)
         values, stored, multiplied = weight.values, weight.nbytes, weight.values.numel()
@@ -188,7 +190,7 @@ def _layer_report(name: str, layer: nn.Linear | Quantizable) -> LayerReport:
     )
 
 
-def _products(name: str, a: nn.Linear | Quantizable, b: nn.Linear | Quantizable) -> tuple[float, float, float]:
+def _products(name: str, a: Linear, b: Linear) -> tuple[float, float, float]:
     """(a·b, a·a, b·b) of the flattened weights."""
     wa, wb = effective_weight(a), effective_weight(b)
     if wa.shape != wb.shape:

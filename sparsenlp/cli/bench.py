@@ -55,7 +55,7 @@ def bench(
     from ..benchmark import BASELINES, Setting, check, dense_twin, row_names
     from ..benchmark import bench as run_bench
     from ..classifiers import load_model
-    from ..layers.quantizable import Quantizable
+    from ..layers.compressed_linear import CompressedLinear
     from ..train.progress import progress_bar
 
     sparse = load_model(model)
@@ -68,7 +68,7 @@ def bench(
     reference = dense_twin(sparse) if dense is None else load_model(dense)
     chosen = tuple(baseline or BASELINES)
     check(reference, settings, chosen)
-    count = sum(isinstance(layer, Quantizable) for layer in sparse.modules())
+    count = sum(isinstance(layer, CompressedLinear) for layer in sparse.modules())
     if not count:
         note("the model has no sparse layer: only the dense ways to run it are timed")
     elif not native.available:

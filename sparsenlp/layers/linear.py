@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE, validate
 from ..ops.bsr_linear import ACTIVATIONS, call
-from .quantizable import Quantizable
+from .compressed_linear import CompressedLinear
 
 
-class SparseLinear(Quantizable):
+class SparseLinear(CompressedLinear):
     """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in BSR blocks of `block`.
 
     The state dict holds BSR's own names: values (nnzb, n, k), crow_indices, col_indices and bias, and for a
@@ -63,11 +63,7 @@ class SparseLinear(Quantizable):
         weight.validate()
         rows, cols = weight.shape
         quantized = weight.scales is not None
-        if bias is not None and (bias.shape != (rows,) or (bias.dtype != weight.values.dtype and not quantized)):
-            raise ValueError(
-                f"SparseLinear: expected bias of shape ({rows},) and dtype {weight.values.dtype}, "
-                f"got {tuple(bias.shape)} and {bias.dtype}"
-            )
+        cls._check_bias(weight, bias)
         layer = cls(cols, rows, weight.block, 0, bias is not None, activation, quantized, device="meta")
         layer.crow_indices = weight.crow_indices
         layer.col_indices = weight.col_indices
@@ -88,25 +84,13 @@ class SparseLinear(Quantizable):
         weight = linear.weight.detach()
         if mask is not None:
             weight = weight * mask.to(weight.dtype)
-        layer = cls.from_weight(BlockSparse.from_dense(weight, block, mask), linear.bias, activation)
-        layer.values.requires_grad_(linear.weight.requires_grad)
-        if linear.bias is not None:
-            layer.bias = linear.bias
-        return layer.train(linear.training)
+        return cls._replacing(linear, BlockSparse.from_dense(weight, block, mask), activation)
 
     @property
     def weight(self) -> BlockSparse:
         """The weight as a format; it shares the layer's tensors."""
         shape = (self.out_features, self.in_features)
         return BlockSparse(self.crow_indices, self.col_indices, self.values, shape, self.scales)
-
-    def to_dense(self) -> nn.Linear:
-        """An nn.Linear with the same function (activation apart)."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.weight.to_dense().detach())
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense.train(self.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         # nn.Module.__getattr__ costs as much as a small kernel, so the tensors are taken from their dicts.
@@ -125,14 +109,9 @@ class SparseLinear(Quantizable):
             self.input_scale,
         )
 
-    def extra_repr(self) -> str:
+    def _format_repr(self) -> str:
         n, k = self.block
-        text = f"{self.in_features}, {self.out_features}, block={n}x{k}, sparsity={self.weight.sparsity:.3f}"
-        if self.scales is not None:
-            text += ", int8" + (f", input_scale={self.input_scale:g}" if self.input_scale else "")
-        if self.bias is None:
-            text += ", bias=False"
-        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+        return f"block={n}x{k}, sparsity={self.weight.sparsity:.3f}"
 
 
 def _check_incoming(module: SparseLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -11,10 +11,10 @@ from ..formats import NM
 from ..formats.nm import INDEX_DTYPE, validate
 from ..ops.bsr_linear import ACTIVATIONS
 from ..ops.nm_linear import call, pack
-from .quantizable import Quantizable
+from .compressed_linear import CompressedLinear
 
 
-class NMLinear(Quantizable):
+class NMLinear(CompressedLinear):
     """y = act(x Wᵀ + b + residual), (..., in_features) -> (..., out_features), W in the N:M `pattern`.
 
     The state dict holds the names of the format: values and indices (N, K / m * n), bias, and for a `quantized` layer
@@ -72,11 +72,7 @@ class NMLinear(Quantizable):
         weight.validate()
         rows, columns = weight.shape
         quantized = weight.scales is not None
-        if bias is not None and (bias.shape != (rows,) or (bias.dtype != weight.values.dtype and not quantized)):
-            raise ValueError(
-                f"NMLinear: expected bias of shape ({rows},) and dtype {weight.values.dtype}, "
-                f"got {tuple(bias.shape)} and {bias.dtype}"
-            )
+        cls._check_bias(weight, bias)
         layer = cls(columns, rows, weight.pattern, bias is not None, activation, quantized, device="meta")
         layer.indices = weight.indices
         layer.packed = pack(weight.indices, weight.pattern)
@@ -92,24 +88,12 @@ class NMLinear(Quantizable):
 
         The bias is shared with `linear`; training mode and requires_grad carry over.
         """
-        layer = cls.from_weight(NM.from_dense(linear.weight.detach(), pattern), linear.bias, activation)
-        layer.values.requires_grad_(linear.weight.requires_grad)
-        if linear.bias is not None:
-            layer.bias = linear.bias
-        return layer.train(linear.training)
+        return cls._replacing(linear, NM.from_dense(linear.weight.detach(), pattern), activation)
 
     @property
     def weight(self) -> NM:
         """The weight as a format; it shares the layer's tensors."""
         return NM(self.values, self.indices, (self.out_features, self.in_features), self.pattern, self.scales)
-
-    def to_dense(self) -> nn.Linear:
-        """An nn.Linear with the same function (activation apart)."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.weight.to_dense().detach())
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense.train(self.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         # nn.Module.__getattr__ costs as much as a small kernel, so the tensors are taken from their dicts.
@@ -129,14 +113,9 @@ class NMLinear(Quantizable):
             self.input_scale,
         )
 
-    def extra_repr(self) -> str:
+    def _format_repr(self) -> str:
         n, m = self.pattern
-        text = f"{self.in_features}, {self.out_features}, pattern={n}:{m}"
-        if self.scales is not None:
-            text += ", int8" + (f", input_scale={self.input_scale:g}" if self.input_scale else "")
-        if self.bias is None:
-            text += ", bias=False"
-        return text if self.activation == "none" else f"{text}, activation={self.activation}"
+        return f"pattern={n}:{m}"
 
 
 def _check_incoming(module: NMLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

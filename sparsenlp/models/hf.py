@@ -36,7 +36,7 @@ from ..checkpoint import (
 from ..formats.block import INDEX_DTYPE
 from ..layers import NMLinear, SparseLinear
 from ..layers.composite import join_composites_, replace_modules, split_composites_
-from ..layers.quantizable import Quantizable
+from ..layers.compressed_linear import CompressedLinear
 from ..ops.nm_linear import pack
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
@@ -115,7 +115,7 @@ class SparseNlpQuantizer(HfQuantizer):
             replacements[linear] = layer
         replace_modules(model, replacements)
         for module in model.modules():
-            if any(isinstance(child, Quantizable) for child in module.children()):
+            if any(isinstance(child, CompressedLinear) for child in module.children()):
                 module._is_hf_initialized = True  # type: ignore[assignment]  # GPT-2's modules fill their children's weights
         return model
 
@@ -125,7 +125,9 @@ class SparseNlpQuantizer(HfQuantizer):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
             if isinstance(layer, NMLinear):
                 layer.packed = pack(layer.indices, layer.pattern)
-            if isinstance(layer, Quantizable) and layer in self._scales:  # transformers casts them to the model's dtype
+            if (
+                isinstance(layer, CompressedLinear) and layer in self._scales
+            ):  # transformers casts them to the model's dtype
                 layer.scales = self._scales.pop(layer).to(layer.values.device)
         fused = parse_fused(self.quantization_config.to_dict()).items()
         fuse_again_(model, {_local_name(model, name) or name: options for name, options in fused})
@@ -158,7 +160,7 @@ class SparseNlpQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Dense nn.Linear layers with zeros again."""
-        sparse = [layer for layer in model.modules() if isinstance(layer, Quantizable)]
+        sparse = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
         replace_modules(model, {layer: layer.to_dense() for layer in sparse})
         join_composites_(model)
         return model if dtype is None else model.to(dtype)
@@ -184,14 +186,14 @@ def detach(model: Any) -> None:
     """Undo `attach`, where no sparse layer needs it: model.save_pretrained writes an ordinary directory again."""
     if not isinstance(getattr(model, "hf_quantizer", None), SparseNlpQuantizer):
         return
-    if not any(isinstance(module, Quantizable) for module in model.modules()):
+    if not any(isinstance(module, CompressedLinear) for module in model.modules()):
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
 
 
 def save(model: Any, directory: Path) -> None:
     """Weights and config of a transformers model, in one file each; an ordinary directory if no layer needs more."""
-    if structure_of(model) or any(isinstance(module, Quantizable) for module in model.modules()):
+    if structure_of(model) or any(isinstance(module, CompressedLinear) for module in model.modules()):
         attach(model)
     model.save_pretrained(directory, max_shard_size="1000GB", save_original_format=False)
 
