@@ -79,7 +79,7 @@ CELLS: dict[str, Cell] = {
         data=REVIEWS,
         epochs=8,
         recovery=2,
-        options={"embedding_size": 256, "hidden_size": 256},
+        options={"embedding_size": 256, "hidden_size": 256, "dropout": 0.5, "tie_word_embeddings": True},
     ),
     "seq2seq": Cell(
         model="seq2seq",
