@@ -189,7 +189,7 @@ class OneShot:
     solver    "prune": by the criterion alone; the others a block of the model at a time, on calibration texts
     dampening of `sparsegpt_` and `exact_obs_`, whose defaults None stands for
     block_size, refine_steps   of `sparsegpt_`, likewise
-    windows, length   for a language model: how many calibration windows, and as many to judge by; their tokens
+    windows, test_windows, length   for a language model: how many to calibrate on and to judge by; tokens of each
     examples  for a classifier: training texts to calibrate on
     """
 
@@ -197,7 +197,8 @@ class OneShot:
     dampening: float | None = None
     block_size: int | None = None
     refine_steps: int | None = None
-    windows: int = 32
+    windows: int = 128
+    test_windows: int = 32
     length: int = 256
     examples: int = 512
 
@@ -206,7 +207,7 @@ class OneShot:
         for name in ("dampening", "block_size", "refine_steps"):
             if getattr(self, name) is not None and name not in taken.get(self.solver, ()):
                 raise ValueError(f"{name}: expected none beside solver {self.solver}, got one")
-        for name in ("windows", "length", "examples"):
+        for name in ("windows", "test_windows", "length", "examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 

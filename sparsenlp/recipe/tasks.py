@@ -229,7 +229,8 @@ def read_task(recipe: Recipe, name: str) -> Task:
         fraction = {} if recipe.data.test_fraction is None else {"test_fraction": recipe.data.test_fraction}
         sides = corpora.news_articles(seed=recipe.seed, **fraction)
         train, test = (
-            corpora.token_windows(side, tokenizer, stage.length, stage.windows, recipe.seed) for side in sides
+            corpora.token_windows(side, tokenizer, stage.length, count, recipe.seed)
+            for side, count in zip(sides, (stage.windows, stage.test_windows), strict=True)
         )
         return LanguageModelling(tokenizer, train, test)
     if config.model_type in PREDICTORS:
