@@ -11,7 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 from ..layers.composite import join_composites_, on_split
 from .criteria import Criterion, find_criterion
-from .layers import FilterFn, Mask, mask_of, masked_layers, prunable, torch_mask_of, trainable_weight
+from .layers import FilterFn, Mask, mask_of, masked_layers, prunable, torch_mask_of, trainable_weight, unparametrize
 from .masks import MASKS, Threshold, check_sparsity
 from .patterns import Pattern
 from .scores import score_layers
@@ -90,11 +90,11 @@ def mask_zeros_(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None =
 def finalize_(model: nn.Module) -> nn.Module:
     """Write the zeros of every mask, and int8 rounding, into its weight and remove the masks; returns `model`.
 
-    What remains are ordinary modules whose weights are the same Parameter objects as before; recurrent layers and
+    What remains are ordinary modules with the same Parameters as before, in their order; recurrent layers and
     convolutions are torch's own again (these with a new weight). A model without masks is returned as it is.
     """
     for layer in masked_layers(model).values():
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        unparametrize(layer, keep_zeros=True)
     return join_composites_(model)
 
 

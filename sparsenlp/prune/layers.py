@@ -49,6 +49,17 @@ class Mask(nn.Module):
         return f"pattern={self.pattern}, sparsity={1 - self.mask.float().mean().item():.3f}"
 
 
+def unparametrize(layer: nn.Linear, keep_zeros: bool) -> None:
+    """Make the weight an ordinary parameter again, first of all as nn.Linear has it; with the mask's zeros or without.
+
+    Optimizers and norms of gradients go by the order of parameters, and so does what training rounds to.
+    """
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_zeros)
+    parameters = layer._parameters
+    for name in [name for name in parameters if name != "weight"]:
+        parameters[name] = parameters.pop(name)
+
+
 def default_filter(module: nn.Module, name: str) -> bool:
     """Every nn.Linear, except under a module named in TASK_PARTS and the out_proj of nn.MultiheadAttention.
 

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..layers.composite import on_split
 from ..modes import evaluating
-from .layers import FilterFn, apply_solution_, mask_of, solvable, trainable_weight
+from .layers import FilterFn, apply_solution_, mask_of, solvable, trainable_weight, unparametrize
 from .masks import check_sparsity
 from .obs import exact_obs
 from .patterns import Block, Pattern
@@ -405,7 +404,7 @@ def _restorer(layer: nn.Linear) -> Callable[[], None]:
     def restore() -> None:
         if mask is None:
             if mask_of(layer) is not None:
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+                unparametrize(layer, keep_zeros=False)
         else:
             mask_of(layer).mask.copy_(mask)  # type: ignore[union-attr]
         with torch.no_grad():
