@@ -32,7 +32,7 @@ import accuracy_tables
 import harness
 from accuracy_cells import TASKS, Allocated, Cell, Dense, Layers, Method, Pruned, Row, Setup, Workbench, run_cell
 from accuracy_records import Records
-from accuracy_targets import RECIPE, UNIFORM, UNSTRUCTURED, judge, summarize
+from accuracy_targets import RECIPE, UNIFORM, UNSTRUCTURED, judge, on_common_seeds, summarize
 
 from sparsenlp.benchmark import Setting
 from sparsenlp.data import minilm_directory
@@ -226,22 +226,26 @@ def measure(records: Records, cells: Sequence[Cell], arguments: argparse.Namespa
 def collect(
     records: Records, every: Sequence[Cell], planned: Sequence[Cell], seeds: int, skipped: Sequence[str]
 ) -> Row:
-    """All that is done of `every` cell, in order, its summary and targets, and what is missing of the planned ones."""
+    """All that is done of `every` cell, in order, its summary and targets, and what is missing of the planned ones.
+
+    "compared" is the summary of the seeds that all models of a task have, on which they are compared and drawn.
+    """
     results = []
     for cell in every:
         result = records.result(cell)
         if result is not None:
             results.append({**result, "latency": records.latency(cell)})
     missing = [cell.name for cell in planned if records.result(cell) is None]
-    summary = summarize(results)
+    summary, compared = summarize(results), summarize(on_common_seeds(results))
     models = Counter(cell.method.family for cell in planned if (cell.task, cell.seed) == (planned[0].task, 0))
     return {
         "complete": not missing and not skipped,
         "planned": len(planned),
         "missing": missing,
         "skipped": list(skipped),
-        "targets": judge(summary, seeds, models),
+        "targets": judge(summary, seeds, models, compared),
         "summary": summary,
+        "compared": compared,
         "results": results,
     }
 

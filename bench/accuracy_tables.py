@@ -91,7 +91,7 @@ def milliseconds(cells: list[Row], setting: str) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> bool:
     """Accuracy and KL against time, a row of panels for each task; False where no latency was measured."""
-    timed = [row for row in record["summary"] if row["time"] is not None]
+    timed = [row for row in record["compared"] if row["time"] is not None]
     if not timed:
         return False
     import matplotlib
@@ -112,7 +112,7 @@ def draw(record: dict[str, Any], path: Path) -> bool:
     seeds = max(len(row["seeds"]) for row in timed)
     partial = "; partial" if record["missing"] else ""
     figure.suptitle(
-        f"pruned MiniLM-L6, fp32: mean and standard deviation over seeds (at most {seeds}){partial}; "
+        f"pruned MiniLM-L6, fp32: mean and standard deviation over the seeds that all have ({seeds}){partial}; "
         f"time: {settings} tokens, geometric mean\n{machine_line(latency['machine'])}",
         fontsize=8,
         wrap=True,

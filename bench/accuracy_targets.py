@@ -65,6 +65,18 @@ def summarize(results: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def on_common_seeds(results: Sequence[Row]) -> list[Row]:
+    """Those whose seed every model of their task has: a seed also draws the test texts, which may be easier or not.
+
+    All of a task where its models have no seed in common.
+    """
+    seeds: dict[str, dict[str, set[int]]] = {}
+    for row in results:
+        seeds.setdefault(row["task"], {}).setdefault(row["label"], set()).add(row["seed"])
+    common = {task: set.intersection(*own.values()) for task, own in seeds.items()}
+    return [row for row in results if not common[row["task"]] or row["seed"] in common[row["task"]]]
+
+
 def spread(values: Sequence[float]) -> Row:
     return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
 
@@ -74,9 +86,12 @@ def relative_time(latency: Row) -> float:
     return exp(fmean(log(cell["over_dense"]["median"]) for cell in latency["settings"].values()))
 
 
-def judge(summary: Sequence[Row], seeds: int, models: Mapping[str, int]) -> list[Row]:
+def judge(
+    summary: Sequence[Row], seeds: int, models: Mapping[str, int], compared: Sequence[Row] | None = None
+) -> list[Row]:
     """A row for each target.
 
+    compared the summary that rivals are compared on, that of their common seeds; None for `summary`
     seeds    how many of each model there are to be
     models   family -> how many models of it there are to be for each task
     returns  rows whose `reached` is None where cells or latencies are missing
@@ -93,7 +108,7 @@ def judge(summary: Sequence[Row], seeds: int, models: Mapping[str, int]) -> list
         judged.append(_at_most(f"{task} {label}, CPU seconds of the recipe, longest", value, bound, row, seeds))
     for task in dict.fromkeys(task for task, _ in MOST_POINTS_LOST):
         for ours, rival, keys in RIVALS:
-            judged += [_against(summary, task, ours, rival, key, seeds, models) for key in keys]
+            judged += [_against(compared or summary, task, ours, rival, key, seeds, models) for key in keys]
     return judged
 
 

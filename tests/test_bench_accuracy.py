@@ -233,6 +233,14 @@ def test_value_at_a_time():
     assert at_time([], 0.5) is None
 
 
+def test_models_are_compared_on_the_seeds_that_all_have():
+    from accuracy_targets import on_common_seeds
+
+    rows = [{"task": "a", "label": label, "seed": seed} for label, seed in (("x", 0), ("x", 1), ("y", 1), ("y", 2))]
+    other = [{"task": "b", "label": label, "seed": seed} for label, seed in (("x", 0), ("y", 1))]
+    assert on_common_seeds([*rows, *other]) == [rows[1], rows[2], *other]
+
+
 def judged(rows, seeds=1, models=None):
     from accuracy_targets import judge, summarize
 
