@@ -125,9 +125,8 @@ class SparseNlpQuantizer(HfQuantizer):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
             if isinstance(layer, NMLinear):
                 layer.packed = pack(layer.indices, layer.pattern)
-            if (
-                isinstance(layer, CompressedLinear) and layer in self._scales
-            ):  # transformers casts them to the model's dtype
+            # transformers casts scales to the model's dtype
+            if isinstance(layer, CompressedLinear) and layer in self._scales:
                 layer.scales = self._scales.pop(layer).to(layer.values.device)
         fused = parse_fused(self.quantization_config.to_dict()).items()
         fuse_again_(model, {_local_name(model, name) or name: options for name, options in fused})
