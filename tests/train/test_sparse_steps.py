@@ -21,6 +21,17 @@ def masked(pattern, sparsity, rows=48, columns=32, bias=True):
     return model
 
 
+@pytest.fixture(autouse=True)
+def amx(monkeypatch):
+    """Sets whether the CPU has tiles, at first that it has none."""
+
+    def have(tiles):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+
+    have(False)
+    return have
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often the sparse op was called."""
@@ -101,6 +112,17 @@ def test_it_computes_in_float32_under_autocast(calls):
         assert model(x.bfloat16()).dtype == torch.float32
     assert len(calls) == 2
     torch.testing.assert_close(y, model(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("tiles", "autocast", "sparse"), [(True, True, 1), (True, False, 2), (False, True, 2)])
+def test_beside_amx_only_where_a_tenth_is_kept(calls, amx, tiles, autocast, sparse):
+    amx(tiles)
+    for sparsity in (0.8, 0.9):
+        model = masked(Block(8, 1), sparsity)
+        with sparse_steps(model, True), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(torch.randn(7, 32))
+    assert len(calls) == sparse
 
 
 @pytest.mark.parametrize("pattern", [Block(4, 1), Unstructured(), NM(2, 4)], ids=str)
