@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from math import prod
 
 import pytest
 import torch
@@ -148,6 +149,19 @@ def test_the_help_shows_the_defaults_of_the_code():
 )
 def test_a_recipe_stands_alone(make, tmp_path, arguments, message):
     assert failure("prune", "--recipe", make(), tmp_path / "out", *arguments).startswith(message)
+
+
+def test_a_recipe_is_changed_by_the_command_line(make, files, tmp_path):
+    path = make(recover=ONE_EPOCH, target="sparsity 0.5")
+    succeed("prune", "--recipe", path, "--set", "target=sparsity 0.25", "--set", "seed=1", tmp_path / "out")
+    record = record_of(tmp_path / "out")
+    assert record["recipe"] == yaml.safe_load(path.read_text()) | {"target": "sparsity 0.25", "seed": 1}
+    rows = [row for row in record["plan"]["rows"] if ".encoder." in row["name"]]
+    sizes = [prod(row["shape"]) for row in rows]
+    zeros = sum(size * row["sparsity"] for size, row in zip(sizes, rows, strict=True))
+    assert zeros / sum(sizes) == pytest.approx(0.25, abs=0.01)
+    message = failure("prune", files / "model", tmp_path / "out", "--set", "seed=1")
+    assert message == "set: expected --recipe beside it, got none"
 
 
 def test_a_recipe_needs_an_output(make):

@@ -283,6 +283,40 @@ def test_a_file_is_named_in_errors(tmp_path):
         load_recipe(tmp_path / "absent.yaml")
 
 
+def test_changes_take_the_place_of_what_the_file_says(tmp_path):
+    text = "model: m\ndata: {train: t.csv}\ntarget: sparsity 0.9\nrecover: {epochs: 2, batch_size: 8}\n"
+    path = write(tmp_path / "r.yaml", text)
+    changes = ["target=sparsity 0.8", "seed=1", "recover.epochs=5", "prune.pattern=2:4", "convert.token_counts=[1, 2]"]
+    with pytest.raises(ValueError, match=r"sparsity: expected at most 0.5 for 2:4, got 0.8"):
+        load_recipe(path, changes)
+    changed = load_recipe(path, [*changes, "prune.pattern=4x1", "data.text_column= title = x"])
+    recovery = changed.recovery()
+    assert (recovery.sparsity, recovery.seed, recovery.epochs, recovery.batch_size) == (0.8, 1, 5, 8)
+    assert (recovery.pattern, changed.convert.token_counts) == (Block(4, 1), (1, 2))
+    assert changed.data.text_column == "title = x"
+    plain = write(tmp_path / "plain.yaml", yaml.safe_dump(dict(changed.content)))
+    assert load_recipe(plain).sha256 == changed.sha256 != load_recipe(path).sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed", "expected a change such as recover.epochs=5, got seed"),
+        ("=1", "expected a change such as recover.epochs=5, got =1"),
+        ("recover.=1", "expected a change such as recover.epochs=5, got recover.=1"),
+        ("model.size=1", 'model: expected a mapping to change, got "m"'),
+        ("recover.epochs=many", 'recover.epochs: expected an integer, got "many"'),
+        ("recover.epoch=1", "recover.epoch: expected a known key such as epochs, got epoch"),
+        ("seed=[", "expected YAML, got "),
+    ],
+)
+def test_changes_that_are_refused(tmp_path, change, message):
+    path = write(tmp_path / "r.yaml", "model: m\ndata: {train: t.csv}\n")
+    with pytest.raises(ValueError, match="expected") as error:
+        load_recipe(path, [change])
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
 @pytest.mark.parametrize("package", ["pydantic", "yaml"])
 def test_a_missing_package_takes_one_line(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

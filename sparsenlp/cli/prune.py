@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..recipe import Job, Outcome, Recipe
 
-BESIDE_RECIPE = ("model", "output", "recipe", "threads", "work_dir")
+BESIDE_RECIPE = ("model", "output", "recipe", "changes", "threads", "work_dir")
 """Parameters that a recipe leaves open."""
 PLACES = {
     "data": ("data.train",),
@@ -63,6 +63,15 @@ def prune(
     recipe: Annotated[
         Path | None,
         typer.Option(help="YAML file that says all of this, see examples/; only OUTPUT beside it.", show_default=False),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help='Of --recipe, in place of what it says, as in --set seed=1 --set "target=sparsity 0.8"; repeatable.',
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -138,13 +147,16 @@ def prune(
     sparsenlp prune my-model out --data train.csv --sparsity 0.8 --tokens 16 --tokens 2048
     sparsenlp prune my-model out --data train.csv --target "2x faster"
     sparsenlp prune --recipe examples/rotten_tomatoes.yaml out
+    sparsenlp prune --recipe examples/rotten_tomatoes.yaml --set "target=sparsity 0.8" --set seed=1 out
     sparsenlp prune my-model out --data pairs.tsv --text-column question --text-pair-column answer
     sparsenlp prune my-model out --sparsity 0.5 --criterion magnitude
     """
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
     if recipe is not None:
-        chosen, where = _from_file(recipe, model, output, given)
+        chosen, where = _from_file(recipe, changes or [], model, output, given)
     else:
+        if changes:
+            raise ValueError("set: expected --recipe beside it, got none")
         for name, value in (("model", model), ("output", output)):
             if value is None:
                 raise ValueError(f"Missing argument '{name}'. (see {context.command_path} --help)")
@@ -174,7 +186,9 @@ def _prune(recipe: Recipe, output: Path, work_dir: Path | None, threads: int | N
     _report(job, outcome)
 
 
-def _from_file(path: Path, model: str | None, output: Path | None, given: list[str]) -> tuple[Recipe, Path]:
+def _from_file(
+    path: Path, changes: list[str], model: str | None, output: Path | None, given: list[str]
+) -> tuple[Recipe, Path]:
     """The recipe, and OUTPUT, which comes alone."""
     from ..recipe import load_recipe
 
@@ -184,7 +198,7 @@ def _from_file(path: Path, model: str | None, output: Path | None, given: list[s
     if model is None or output is not None:
         got = "none" if model is None else f"{model} {output}"
         raise ValueError(f"recipe: expected OUTPUT alone, as the recipe says the model, got {got}")
-    return load_recipe(path), Path(model)
+    return load_recipe(path, changes), Path(model)
 
 
 def _from_options(options: dict[str, Any]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..sequences import Answers, Perplexity
@@ -30,8 +31,10 @@ __all__ = [
 ]
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file (1.2: `2:4` and `no` are text), checked in full.
+
+    changes   such as "recover.epochs=5", whose values, YAML too, take the place of the file's
 
     Raises OSError for a file that cannot be read, ValueError in one line (field, expected, got) for anything wrong
     with it, and ModuleNotFoundError without pydantic and PyYAML.
@@ -44,4 +47,4 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ModuleNotFoundError(
             f"recipe: expected the package {error.name}, got none; pip install 'sparsenlp[recipes]'"
         ) from None
-    return load(path)
+    return load(path, changes)

@@ -30,7 +30,7 @@ EXPECTED = {
 """pydantic's kinds of error, where it takes one thing for another."""
 
 
-def load(path: str | Path) -> Recipe:
+def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """See `load_recipe`."""
     path = Path(path)
     try:
@@ -41,21 +41,30 @@ def load(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: expected UTF-8 text, got other bytes") from None
     try:
         content = parse(text)
+        for change in changes:
+            change_(content, change)
         validate(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Recipe.of(content)
 
 
+def change_(content: dict[str, Any], change: str) -> None:
+    """Put the value of "section.key=value" in its place. Raises ValueError for other text, and where no section is."""
+    place, equals, value = change.partition("=")
+    *sections, key = place.strip().split(".")
+    if not equals or not all((*sections, key)):
+        raise ValueError(f"expected a change such as recover.epochs=5, got {change}")
+    for depth, name in enumerate(sections, 1):
+        content = content.setdefault(name, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"{'.'.join(sections[:depth])}: expected a mapping to change, got {_shown(content)}")
+    content[key] = _plain(value)
+
+
 def parse(text: str) -> dict[str, Any]:
     """Plain data from YAML 1.2. Raises ValueError for anything but a mapping of text, numbers, lists and mappings."""
-    try:
-        content = yaml.load(text, _Loader)
-        plain = json.loads(json.dumps(content))
-    except yaml.YAMLError as error:
-        raise ValueError(f"expected YAML, got {' '.join(str(error).split())}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"expected text, numbers, lists and mappings, got {error}") from None
+    plain = _plain(text)
     if not isinstance(plain, dict):
         raise ValueError(f"expected a mapping with the key model, got {_shown(plain)}")
     return plain
@@ -69,6 +78,15 @@ def validate(content: Mapping[str, Any]) -> None:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(_told(problems[0]) + more) from None
+
+
+def _plain(text: str) -> Any:
+    try:
+        return json.loads(json.dumps(yaml.load(text, _Loader)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML, got {' '.join(str(error).split())}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected text, numbers, lists and mappings, got {error}") from None
 
 
 @cache
