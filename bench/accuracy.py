@@ -10,8 +10,9 @@ layers dropped, one sparsity for all layers. Each task, method and seed is a cel
 --full adds other criteria and patterns. Cells are kept under --records: a re-run does only what is missing, and one
 that is interrupted leaves all cells but that one. Then all models of a task and seed are converted and timed in turn.
 
-Writes accuracy.json after every cell and accuracy.png at the end. Accuracies do not depend on the machine's load;
-latencies do. Needs the packages of sparsenlp/data/demo.py, and for supersense WordNet's data.noun.
+Writes accuracy.json after every cell and accuracy.png at the end. Accuracies do not depend on the machine's load, as
+latencies do, but a little on its CPU, which decides the order of sums ("training_cpu"). Needs the packages of
+sparsenlp/data/demo.py, and for supersense WordNet's data.noun.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from sparsenlp.data import (
     supersense,
     tokenize,
 )
+from sparsenlp.measure import cpu_model
 from sparsenlp.prune import GradientStatistics, Pattern, finalize_, parse_pattern, prunable, remove_layers_
 from sparsenlp.train import CachedTeacher, FinetuneConfig, RecoveryConfig, finetune, predict, recover, training_texts
 
@@ -282,6 +283,7 @@ def run_cell(cell: Cell, bench: Workbench, dense: nn.Module) -> tuple[nn.Module,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "training_threads": torch.get_num_threads(),
+        "training_cpu": cpu_model(),
         "training_texts": len(bench.train),
         **judge(logits, bench.test.labels, reference).as_dict(),
     }

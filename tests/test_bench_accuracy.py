@@ -76,6 +76,7 @@ def test_cells(folder, record):
     assert (rows["dense"]["agreement"], rows["dense"]["kl"]) == (1.0, pytest.approx(0.0, abs=1e-6))
     for row in record["results"]:
         assert row["training_threads"] == 1
+        assert row["training_cpu"]
         assert row["examples"] == 24
         assert row["majority"] == 0.5
         assert row["seconds"] > 0
