@@ -51,14 +51,17 @@ def results(dense, data, tmp_path_factory):
     torch.save(jobs, directory / "jobs.pt")
     worker = Path(__file__).with_name("distributed_worker.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, worker, directory, str(rank)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
-    for run in runs:
-        assert run.wait(timeout=300) == 0, run.stderr.read()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    run = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", worker, directory],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
     return [torch.load(directory / f"{rank}.pt") for rank in (0, 1)]
 
 
