@@ -63,7 +63,7 @@ METHODS: dict[str, list[Method]] = {
         *pruned("8x1-wanda-row", 0.9),
         *pruned("8x1-fisher-global", 0.9),
         *pruned("8x1-random-local", 0.9),
-        *pruned("4x1-taylor-global", 0.9),
+        *pruned("4x1-taylor-global", 0.8, 0.9),
         *pruned("16x1-taylor-global", 0.9),
         *pruned("8x8-taylor-global", 0.9),
         *pruned("2:4-taylor-local", 0.5),
