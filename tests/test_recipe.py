@@ -298,6 +298,11 @@ def test_changes_take_the_place_of_what_the_file_says(tmp_path):
     assert load_recipe(plain).sha256 == changed.sha256 != load_recipe(path).sha256
 
 
+def test_a_change_fills_an_empty_section(tmp_path):
+    path = write(tmp_path / "r.yaml", "model: m\ndata: {train: t.csv}\nrecover:\n")
+    assert load_recipe(path, ["recover.epochs=5"]).recovery().epochs == 5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

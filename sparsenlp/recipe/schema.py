@@ -56,7 +56,9 @@ def change_(content: dict[str, Any], change: str) -> None:
     if not equals or not all((*sections, key)):
         raise ValueError(f"expected a change such as recover.epochs=5, got {change}")
     for depth, name in enumerate(sections, 1):
-        content = content.setdefault(name, {})
+        if content.get(name) is None:
+            content[name] = {}
+        content = content[name]
         if not isinstance(content, dict):
             raise ValueError(f"{'.'.join(sections[:depth])}: expected a mapping to change, got {_shown(content)}")
     content[key] = _plain(value)

@@ -125,6 +125,18 @@ def test_beside_amx_only_where_a_tenth_is_kept(calls, amx, tiles, autocast, spar
     assert len(calls) == sparse
 
 
+@needs_kernels
+def test_a_call_without_autocast_does_not_decide_for_later_ones(calls, amx):
+    amx(True)
+    model, x = masked(Block(8, 1), 0.8), torch.randn(7, 32)
+    with sparse_steps(model, True):
+        model(x)
+        assert len(calls) == 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(x)
+        assert len(calls) == 1
+
+
 @pytest.mark.parametrize("pattern", [Block(4, 1), Unstructured(), NM(2, 4)], ids=str)
 def test_other_patterns_stay_as_they_are(pattern):
     model = masked(pattern, min(0.9, pattern.max_sparsity))
