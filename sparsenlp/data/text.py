@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import TABLE_BYTES, open_regular
+
 
 @dataclass(frozen=True)
 class TextDataset:
@@ -88,7 +90,7 @@ def load_table(
     label_names  the classes of a trained model, to encode the labels by; by default the file's own
                  labels, sorted (as numbers if they all are)
 
-    Raises OSError for a file that cannot be read, and ValueError for another format, malformed or no
+    Raises OSError for a file that cannot be read, and ValueError for a pipe or device, another format, malformed or no
     rows, missing columns, an empty text or label (with its line), or a label not in label_names.
     """
     values = load_columns(path, [text_column, label_column] + ([text_pair_column] if text_pair_column else []))
@@ -130,7 +132,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of each row; a blank line of a .jsonl file is none."""
     if path.suffix not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"load_table: expected a .csv, .tsv or .jsonl file, got {path}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with open_regular(path, TABLE_BYTES, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".jsonl":
             for line, text in enumerate(file, start=1):
                 if text.strip():

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import open_regular
+
+LONGEST = 2**16
+"""Numbers that a vector may have: a table of longer ones would fill the memory."""
+
 
 @dataclass(frozen=True)
 class WordVectors:
@@ -37,8 +42,8 @@ def load_word_vectors(path: str | Path, tokenizer: Any, size: int | None = None,
 
     size  numbers that each vector must have; None for as many as the first one has
 
-    Raises OSError for a file that cannot be read, and ValueError for vectors of another size, a malformed
-    line (with its number), or no word of the vocabulary.
+    Raises OSError for a file that cannot be read, and ValueError for a pipe or device, vectors of another size or of
+    more than LONGEST numbers, a malformed line (with its number), or no word of the vocabulary.
     """
     path = Path(path)
     special = set(tokenizer.all_special_ids)
@@ -47,8 +52,9 @@ def load_word_vectors(path: str | Path, tokenizer: Any, size: int | None = None,
     for number, line in _lines(path):
         if size is None:
             size = line.count(" ")
-            if size < 1:
-                raise ValueError(f"{path}, line {number}: expected a word and numbers, got {line[:40]!r}")
+            if not 1 <= size <= LONGEST:
+                expected = "a word and numbers" if size < 1 else f"at most {LONGEST:,} numbers"
+                raise ValueError(f"{path}, line {number}: expected {expected}, got {line[:40]!r}")
         word, values = _split(line, size, f"{path}, line {number}")
         index = ids.get(word)
         if index is not None and index not in vectors:
@@ -65,7 +71,7 @@ def load_word_vectors(path: str | Path, tokenizer: Any, size: int | None = None,
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of every line that is neither blank nor a header."""
     try:
-        file = path.open(encoding="utf-8", errors="replace", newline="\n")
+        file = open_regular(path, None, encoding="utf-8", errors="replace", newline="\n")
     except OSError as error:
         raise type(error)(f"word vectors: cannot read {path}: {error.strerror}") from None
     with file:

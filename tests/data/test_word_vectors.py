@@ -46,6 +46,7 @@ def test_missing_words_are_drawn_by_seed(tmp_path, tokenizer):
         (["3 2", "", "film 1 2", "the 3 4 5"], None, "line 4: expected a word and 2 numbers, got 3 after 'the'"),
         (["film 1 2", "the 3 x"], None, "line 2: expected finite numbers, got 'x'"),
         (["film 1 nan"], None, "line 1: expected finite numbers, got 'nan'"),
+        (["film" + " 1" * 70_000], None, "line 1: expected at most 65,536 numbers, got 'film 1 1"),
         (["film"], None, "line 1: expected a word and numbers, got 'film'"),
         (["dog 1 2"], None, "expected some of the 3 words of the vocabulary in .*, got none"),
         ([""], None, "got none"),
