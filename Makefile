@@ -9,7 +9,7 @@ CUDA := $(if $(shell command -v $(or $(NVCC),nvcc)),$(or $(SPARSENLP_CUDA),1),0)
 BUILT := $(VENV)/.built-$(NATIVE)-$(CUDA)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test test-gpu-sim gpu sanitize emulate lint format bench bench-e2e bench-accuracy bench-models demo demo-quick dist clean
+.PHONY: build test test-gpu-sim attacks gpu sanitize emulate lint format bench bench-e2e bench-accuracy bench-models demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -31,6 +31,10 @@ test: build
 # The GPU kernels without a GPU: compiled, executed in an interpreter, and with bugs that the checks must catch.
 test-gpu-sim: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/gpu --all-checks
+
+# Scripts that abuse loading and the rest; fails if one ends otherwise than the table in attacks/README.md says.
+attacks: build
+	$(BIN)/python attacks/run.py --check
 
 # The GPU kernels on a GPU: built, tested, sanitized and timed, in ten minutes. Nothing is installed: PYTHON has torch.
 gpu:

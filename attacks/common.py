@@ -1,0 +1,104 @@
+"""What the attacks share: scratch folders, small checkpoints to spoil, and the words for what became of an attempt."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sparsenlp import SparsifyConfig, save_pretrained, sparsify_
+from sparsenlp.prune import Block, finalize_, prune_
+
+MEASURE_OFF = SparsifyConfig(measure="off", min_sparsity=0.1)
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder that goes away; outcomes name it "..."."""
+    with tempfile.TemporaryDirectory(prefix="attack-") as folder:
+        yield Path(folder)
+
+
+def mlp() -> nn.Module:
+    """A dense skeleton of two linear layers, 16 -> 32 -> 8."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+
+
+def bert() -> Any:
+    """A dense BERT classifier of two layers."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertForSequenceClassification(BertConfig(vocab_size=60, max_position_embeddings=32, **sizes)).eval()
+
+
+def sparse(model: Any, block: tuple[int, int] = (8, 1)) -> Any:
+    """The model with 70 % of its linear weights pruned in blocks, converted without measuring."""
+    prune_(model, Block(*block), sparsity=0.7)
+    finalize_(model)
+    sparsify_(model, MEASURE_OFF)
+    return model
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """A checkpoint of a sparse model in `folder`/checkpoint."""
+    return save_pretrained(model, folder / "checkpoint")
+
+
+def edit_tensors(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite the weights as `change` leaves them."""
+    tensors = load_file(checkpoint / WEIGHTS)
+    change(tensors)
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Rewrite config.json as `change` leaves it."""
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    change(config)
+    (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+
+
+def attempt(action: Callable[[], Any], folder: Path | None = None, limit: int = 170) -> str:
+    """What an action says of itself in a few words, or how it was refused."""
+    try:
+        done = action()
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if folder is not None:
+            message = message.replace(str(folder), "...")
+        message = re.sub(r"/\S*/attack-\w+", "...", message)
+        return f"refused, {type(error).__name__}: {message[:limit]}{'...' if len(message) > limit else ''}"
+    return "done" if done is None else str(done)
+
+
+def outcome(attempts: Mapping[str, str]) -> None:
+    """Print the one line of an attack; doors with the same answer share it."""
+    doors: dict[str, list[str]] = {}
+    for door, answer in attempts.items():
+        doors.setdefault(answer, []).append(door)
+    if len(doors) == 1 and len(attempts) > 1:
+        print(f"by every door ({', '.join(attempts)}): {next(iter(doors))}")
+    else:
+        print(
+            "; ".join(
+                f"{' and '.join(names)}: {answer}" if len(attempts) > 1 else answer for answer, names in doors.items()
+            )
+        )
+
+
+def copy_of(checkpoint: Path) -> Path:
+    """The same files beside it."""
+    return Path(shutil.copytree(checkpoint, checkpoint.with_name(f"{checkpoint.name}-copy")))
