@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 INDEX_DTYPE = torch.int32
+LARGEST = torch.iinfo(INDEX_DTYPE).max
+"""The largest size that indices can name: of a matrix, and of how many blocks are stored."""
 INT8_UNIT = 4
 """int8 blocks have a multiple of this many inputs: what one lane of a dot product takes."""
 
@@ -38,7 +41,8 @@ class BlockSparse:
     def from_dense(cls, dense: Tensor, block: tuple[int, int], mask: Tensor | None = None) -> BlockSparse:
         """Keep the blocks of `dense` (N, K) that hold a nonzero, or those that `mask` (N, K) touches.
 
-        Raises ValueError if N is not a multiple of n, or K of k, or `mask` has another shape.
+        Raises ValueError if N is not a multiple of n, or K of k, `mask` has another shape, or there are more blocks
+        than int32 can count.
         """
         n, _ = block
         blocks = split_blocks(dense, block)
@@ -49,6 +53,7 @@ class BlockSparse:
         else:
             keep = split_blocks(mask != 0, block).any(dim=3).any(dim=2)
         rows, cols = keep.nonzero(as_tuple=True)
+        check_count("BlockSparse", rows.numel())
         counts = torch.zeros(dense.shape[0] // n + 1, dtype=INDEX_DTYPE, device=dense.device)
         counts[1:] = keep.sum(dim=1)
         return cls(
@@ -138,6 +143,44 @@ class BlockSparse:
         return self
 
 
+def check_count(name: str, blocks: int) -> None:
+    """Raise ValueError unless indices can count so many blocks."""
+    if blocks > LARGEST:
+        raise ValueError(f"{name}: expected at most {LARGEST} blocks, got {blocks}; choose larger blocks")
+
+
+def check_sizes(name: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless indices can name all rows and columns of a matrix of this shape."""
+    if not all(0 <= size <= LARGEST for size in shape):
+        raise ValueError(f"{name}: expected sizes from 0 to {LARGEST}, got {' x '.join(map(str, shape))}")
+
+
+def check_crow_indices(name: str, crow_indices: Tensor, blocks: int) -> None:
+    """Raise ValueError unless the row pointers, at least one, go from 0 to `blocks` and never decrease."""
+    first, last = int(crow_indices[0]), int(crow_indices[-1])
+    if first != 0 or last != blocks:
+        raise ValueError(f"{name}: expected crow_indices from 0 to {blocks}, got {first} to {last}")
+    if bool((crow_indices[1:] < crow_indices[:-1]).any()):  # a difference may go round in 32 bits, and look like a rise
+        raise ValueError(f"{name}: expected crow_indices never to decrease")
+
+
+def check_col_indices(name: str, crow_indices: Tensor, col_indices: Tensor, columns: int) -> None:
+    """Raise ValueError unless all are in [0, columns) and increase in each row of the checked crow_indices."""
+    check_range(name, "col_indices", col_indices, 0, columns)
+    row = block_rows(crow_indices, col_indices.numel())
+    if bool(((col_indices[1:] <= col_indices[:-1]) & (row[1:] == row[:-1])).any()):
+        raise ValueError(f"{name}: expected col_indices to increase within each block row")
+
+
+def check_range(name: str, what: str, index: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless all indices are in [low, high)."""
+    if not index.numel():
+        return
+    least, most = int(index.min()), int(index.max())
+    if least < low or most >= high:
+        raise ValueError(f"{name}: expected {what} in [{low}, {high}), got {least} to {most}")
+
+
 def split_blocks(dense: Tensor, block: tuple[int, int]) -> Tensor:
     """View (N, K) as (N / n, K / k, n, k)."""
     n, k = block
@@ -183,26 +226,15 @@ def validate(
         raise ValueError(f"BlockSparse: expected values of shape (nnzb, n, k), got {tuple(values.shape)}")
     nnz_blocks, n, k = values.shape
     rows, cols = shape
+    check_sizes("BlockSparse", shape)
     if rows % n or cols % k:
         raise ValueError(f"BlockSparse: expected a shape divisible by blocks of {n}x{k}, got {rows}x{cols}")
     if crow_indices.numel() != rows // n + 1:
         raise ValueError(f"BlockSparse: expected {rows // n + 1} crow_indices, got {crow_indices.numel()}")
     if col_indices.numel() != nnz_blocks:
         raise ValueError(f"BlockSparse: expected {nnz_blocks} col_indices, got {col_indices.numel()}")
-    if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != nnz_blocks:
-        raise ValueError(
-            f"BlockSparse: expected crow_indices from 0 to {nnz_blocks}, "
-            f"got {int(crow_indices[0])} to {int(crow_indices[-1])}"
-        )
-    if bool((crow_indices.diff() < 0).any()):
-        raise ValueError("BlockSparse: expected crow_indices never to decrease")
-    if nnz_blocks:
-        low, high = int(col_indices.min()), int(col_indices.max())
-        if low < 0 or high >= cols // k:
-            raise ValueError(f"BlockSparse: expected col_indices in [0, {cols // k}), got {low} to {high}")
-        same_row = block_rows(crow_indices, nnz_blocks).diff() == 0
-        if bool((col_indices.diff()[same_row] <= 0).any()):
-            raise ValueError("BlockSparse: expected col_indices to increase within each block row")
+    check_crow_indices("BlockSparse", crow_indices, nnz_blocks)
+    check_col_indices("BlockSparse", crow_indices, col_indices, cols // k)
     validate_scales("BlockSparse", values, rows, scales)
     if scales is not None and k % INT8_UNIT:
         raise ValueError(f"BlockSparse: expected int8 blocks with k a multiple of {INT8_UNIT}, got {k}")

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block import INDEX_DTYPE, block_rows
+from .block import (
+    INDEX_DTYPE,
+    block_rows,
+    check_col_indices,
+    check_count,
+    check_crow_indices,
+    check_range,
+    check_sizes,
+)
 
 SIDE = 16
 """Sides of blocks are multiples of this: the least that every kernel works in."""
@@ -103,6 +111,7 @@ class BlockMask:
                     f"BlockMask: expected masks of the same shape and block, "
                     f"got {first.shape}, {first.block} and {mask.shape}, {mask.block}"
                 )
+        check_count("BlockMask", sum(mask.nnz_blocks for mask in masks))
         crow, index, blocks, patterns = [first.crow_indices[:1]], [], 0, 0
         for mask in masks:
             crow.append(mask.crow_indices[1:] + blocks)
@@ -263,9 +272,11 @@ def _check_block(block: Block) -> None:
 
 def _csr(kept: Tensor) -> tuple[Tensor, Tensor]:
     """crow_indices and col_indices of kept (rows, columns) bool."""
+    columns = kept.nonzero()[:, 1]
+    check_count("BlockMask", columns.numel())
     crow = torch.zeros(kept.shape[0] + 1, dtype=INDEX_DTYPE, device=kept.device)
     crow[1:] = kept.sum(dim=1).cumsum(0)
-    return crow, kept.nonzero()[:, 1].to(INDEX_DTYPE)
+    return crow, columns.to(INDEX_DTYPE)
 
 
 def _share(blocks: Tensor, block: Block) -> tuple[Tensor, Tensor]:
@@ -298,6 +309,7 @@ def _from_rows(rows: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int], he
         found.append(blocks[some & ~all_])
     patterns, index_of = _share(torch.cat(found), block)
     col = torch.cat(columns).to(INDEX_DTYPE)
+    check_count("BlockMask", col.numel())
     indices = torch.full_like(col, WHOLE)
     indices[torch.cat(partial)] = index_of.to(INDEX_DTYPE)
     return BlockMask(counts.cumsum(0, dtype=INDEX_DTYPE), col, indices, patterns, shape, heads)
@@ -345,8 +357,9 @@ def _validate(mask: BlockMask) -> None:
     if patterns.dim() != 3 or not patterns.is_contiguous():
         raise ValueError(f"BlockMask: expected contiguous patterns (P, m, n), got shape {tuple(patterns.shape)}")
     _check_block(mask.block)
-    if queries < 0 or keys < 0 or mask.heads < 1:
-        raise ValueError(f"BlockMask: expected a shape and at least 1 head, got {mask.shape} and {mask.heads}")
+    check_sizes("BlockMask", (queries, keys))
+    if mask.heads < 1:
+        raise ValueError(f"BlockMask: expected at least 1 head, got {mask.heads}")
     rows, blocks = mask.heads * mask.block_rows, mask.col_indices.numel()
     sizes = {"crow_indices": rows + 1, "col_indices": blocks, "pattern_indices": blocks}
     for name, size in sizes.items():
@@ -357,17 +370,6 @@ def _validate(mask: BlockMask) -> None:
             raise ValueError(f"BlockMask: expected {size} contiguous {name}, got shape {tuple(index.shape)}")
         if index.device != patterns.device:
             raise ValueError(f"BlockMask: expected {name} on {patterns.device}, got {index.device}")
-    crow, col = mask.crow_indices, mask.col_indices
-    if int(crow[0]) != 0 or int(crow[-1]) != blocks or bool((crow.diff() < 0).any()):
-        raise ValueError(f"BlockMask: expected crow_indices from 0 to {blocks} that never decrease")
-    for name, index, low, high in (
-        ("col_indices", col, 0, mask.block_columns),
-        ("pattern_indices", mask.pattern_indices, WHOLE, patterns.shape[0]),
-    ):
-        if blocks and (int(index.min()) < low or int(index.max()) >= high):
-            raise ValueError(
-                f"BlockMask: expected {name} in [{low}, {high}), got {int(index.min())} to {int(index.max())}"
-            )
-    same_row = block_rows(crow, blocks).diff() == 0
-    if bool((col.diff()[same_row] <= 0).any()):
-        raise ValueError("BlockMask: expected col_indices to increase within each block row")
+    check_crow_indices("BlockMask", mask.crow_indices, blocks)
+    check_col_indices("BlockMask", mask.crow_indices, mask.col_indices, mask.block_columns)
+    check_range("BlockMask", "pattern_indices", mask.pattern_indices, WHOLE, patterns.shape[0])

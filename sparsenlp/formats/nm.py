@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block import validate_scales
+from .block import check_sizes, validate_scales
 
 INDEX_DTYPE = torch.uint8
 PACKED_VALUES = 32
@@ -170,6 +170,7 @@ def validate(
     if indices.device != values.device:
         raise ValueError(f"NM: expected indices on {values.device}, got {indices.device}")
     rows, columns = shape
+    check_sizes("NM", shape)
     if columns % m:
         raise ValueError(f"NM: expected columns divisible by {m}, got shape {rows}x{columns}")
     expected = (rows, columns // m * n)
@@ -180,5 +181,6 @@ def validate(
     if indices.numel():
         if int(indices.max()) >= m:
             raise ValueError(f"NM: expected indices in [0, {m}), got {int(indices.max())}")
-        if bool((indices.unflatten(1, (columns // m, n)).int().diff(dim=2) <= 0).any()):
+        groups = indices.unflatten(1, (columns // m, n))
+        if bool((groups[..., 1:] <= groups[..., :-1]).any()):
             raise ValueError("NM: expected indices to increase within each group")

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsenlp import BlockSparse
+from sparsenlp.formats.block import check_count
 
 
 @st.composite
@@ -141,6 +143,8 @@ def index(*values: int) -> torch.Tensor:
         ({"col_indices": torch.zeros(8, dtype=torch.int32)[::2]}, ValueError, "1-D and contiguous"),
         ({"values": torch.ones(4, 2, 1, dtype=torch.int32)}, TypeError, "expected floating-point or int8 values"),
         ({"values": torch.ones(4, 2)}, ValueError, r"expected values of shape \(nnzb, n, k\)"),
+        ({"shape": (6, 2**31)}, ValueError, "expected sizes from 0 to 2147483647, got 6 x 2147483648"),
+        ({"shape": (-2, 3)}, ValueError, "expected sizes from 0 to 2147483647, got -2 x 3"),
         ({"values": torch.ones(4, 4, 1)}, ValueError, "divisible by blocks of 4x1, got 6x3"),
         ({"values": torch.ones(4, 2, 1, device="meta")}, ValueError, "expected crow_indices on meta"),
     ],
@@ -150,6 +154,37 @@ def test_validate_names_the_fault(change, error, message):
     parts = {name: getattr(weight, name) for name in ("crow_indices", "col_indices", "values", "shape")}
     with pytest.raises(error, match=message):
         BlockSparse(**(parts | change)).validate()
+
+
+EDGES = [-(2**31), -(2**31) + 1, -2, -1, 0, 1, 2, 3, 4, 5, 2**30, 2**31 - 2, 2**31 - 1]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.sampled_from(EDGES), min_size=0, max_size=4),
+    st.lists(st.sampled_from(EDGES), min_size=0, max_size=3),
+)
+@example([2**31 - 1, -(2**31), -1], [])
+@example([1, 2**31 - 1, -(2**31)], [0, 2])
+def test_validate_accepts_only_rows_that_lie_in_the_matrix(inner, columns):
+    """Against the same rules in Python's integers, which do not go round."""
+    crow = [0, *inner, len(columns)]
+    rows = [columns[a:b] for a, b in pairwise(crow)]
+    right = all(a <= b for a, b in pairwise(crow)) and all(0 <= column < 3 for column in columns)
+    right = right and all(a < b for row in rows for a, b in pairwise(row))
+    values = torch.ones(len(columns), 2, 1)
+    weight = BlockSparse(index(*crow), index(*columns), values, (2 * len(rows), 3))
+    if right:
+        weight.validate()
+    else:
+        with pytest.raises(ValueError, match="expected"):
+            weight.validate()
+
+
+def test_more_blocks_than_indices_can_count_are_refused():
+    with pytest.raises(ValueError, match="expected at most 2147483647 blocks, got 2147483648; choose larger blocks"):
+        check_count("BlockSparse", 2**31)
+    check_count("BlockSparse", 2**31 - 1)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def index(*rows: list[int]) -> torch.Tensor:
         ({"values": good().quantize().values}, TypeError, "expected scales with int8 values and only then"),
         ({"values": torch.ones(2, 3)}, ValueError, r"expected values of shape \(2, 4\), got \(2, 3\)"),
         ({"indices": index([0, 1, 0])}, ValueError, r"expected indices of shape \(2, 4\), got \(1, 3\)"),
+        ({"shape": (2, 2**33)}, ValueError, "expected sizes from 0 to 2147483647, got 2 x 8589934592"),
         ({"shape": (2, 6)}, ValueError, "columns divisible by 4, got shape 2x6"),
         ({"shape": (3, 8)}, ValueError, r"expected values of shape \(3, 4\)"),
         ({"pattern": (0, 4)}, ValueError, "0 < n <= m <= 256, got 0:4"),
