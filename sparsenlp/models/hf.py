@@ -114,13 +114,14 @@ class SparseNlpQuantizer(HfQuantizer):
                 self._scales[layer] = scales
             replacements[linear] = layer
         replace_modules(model, replacements)
-        for module in model.modules():
-            if any(isinstance(child, CompressedLinear) for child in module.children()):
-                module._is_hf_initialized = True  # type: ignore[assignment]  # GPT-2's modules fill their children's weights
+        for linear, layer in replacements.items():
+            _show_dense_weight(layer, linear)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for layer in model.modules():
+            if isinstance(layer, CompressedLinear):
+                _show_own_weight(layer)
             if isinstance(layer, SparseLinear):
                 layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
             if isinstance(layer, NMLinear):
@@ -241,6 +242,21 @@ def _replace_conv1d(model: nn.Module, names: Sequence[str]) -> None:
             columns, rows = module.weight.shape
             linears[module] = nn.Linear(columns, rows, device="meta", dtype=module.weight.dtype)
     replace_modules(model, linears)
+
+
+def _show_dense_weight(layer: nn.Module, linear: Any) -> None:
+    """Let `layer.weight` be the one of a Linear on the meta device until `_show_own_weight`.
+
+    Modules of transformers fill the weights of their children, unless marked as loaded, in the same function that
+    computes buffers outside of the state dict.
+    """
+    linear.weight._is_hf_initialized = True
+    layer.__class__ = type(type(layer).__name__, (type(layer),), {"weight": linear.weight})
+
+
+def _show_own_weight(layer: nn.Module) -> None:
+    if "weight" in vars(type(layer)) and isinstance(vars(type(layer))["weight"], nn.Parameter):
+        layer.__class__ = type(layer).__bases__[0]
 
 
 def _fuse_decoder_again(model: nn.Module) -> None:
