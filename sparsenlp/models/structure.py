@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +101,8 @@ class LayerStack:
 
     modules      the list that holds them
     owner        the module in which that list is
-    host         the transformers model around it, None if there is none; `config` is its configuration
+    host         the outermost transformers model around it, None if there is none
+    config       the configuration of the innermost one
     neurons      field of the configuration, "" without one
     free_heads   the configuration may have any number of heads
     obstacle     why heads cannot go, "" if they can
@@ -112,14 +113,11 @@ class LayerStack:
     layers: tuple[LayerParts, ...]
     owner: nn.Module
     host: Any = None
+    config: Any = None
     neurons: str = ""
     free_heads: bool = False
     obstacle: str = ""
     fused: bool = False
-
-    @property
-    def config(self) -> Any:
-        return None if self.host is None else self.host.config
 
 
 def layer_stack(model: nn.Module) -> LayerStack:
@@ -276,10 +274,11 @@ def _stacks(model: nn.Module) -> Iterator[LayerStack]:
     for name, module in model.named_modules():
         if any(_within(name, outer) for outer in found):
             continue
-        stack = _stack_at(name, module, next((host for outer, host in hosts if _within(name, outer)), None))
+        around = [host for outer, host in hosts if _within(name, outer)]
+        stack = _stack_at(name, module, around[0] if around else None)
         if stack is not None:
             found.append(name)
-            yield stack
+            yield replace(stack, config=around[-1].config if around else None)
 
 
 def _stack_at(name: str, module: Any, host: Any) -> LayerStack | None:
@@ -302,7 +301,16 @@ def _stack_at(name: str, module: Any, host: Any) -> LayerStack | None:
             layer_name = _join(name, path, str(number))
             layers.append(LayerParts(layer_name, layer, holder, (query, key, value), output, (fc1,), fc2, sizes))
         obstacle = f"{family.name} shares a position bias by head among its layers" if family.bias else ""
-        return LayerStack(modules, tuple(layers), module, host, family.neurons, family.free_heads, obstacle, fused)
+        return LayerStack(
+            modules,
+            tuple(layers),
+            module,
+            host,
+            neurons=family.neurons,
+            free_heads=family.free_heads,
+            obstacle=obstacle,
+            fused=fused,
+        )
     return _decoder_stack(name, module, host)
 
 
@@ -353,7 +361,9 @@ def _decoder_stack(name: str, module: Any, host: Any) -> LayerStack | None:
             )
         )
     fused = isinstance(module.__dict__.get("forward"), DecoderForward)
-    return LayerStack(modules, tuple(layers), module, host, family.neurons, family.free_heads, "", fused)
+    return LayerStack(
+        modules, tuple(layers), module, host, neurons=family.neurons, free_heads=family.free_heads, fused=fused
+    )
 
 
 def _lines_of(units: Tensor, size: int) -> Tensor:

@@ -47,7 +47,9 @@ def build(model, config, sizes):
 def composite():
     """Eyes of one family, and a decoder of another."""
     eyes = transformers.CLIPVisionConfig(**CLIP["vision_config"])
-    config = transformers.LlavaConfig(eyes, transformers.LlamaConfig(**SIZES), image_token_index=49)
+    config = transformers.LlavaConfig(
+        vision_config=eyes, text_config=transformers.LlamaConfig(**SIZES), image_token_index=49
+    )
     torch.manual_seed(0)
     return transformers.LlavaForConditionalGeneration(config).eval()
 
