@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,6 +23,10 @@ DEFAULT = IncrementalConfig()
 PHASES = {name: replace(getattr(DEFAULT, name), sparsity=DEFAULT.sparsities[-1]) for name in ("growing", "recovering")}
 ROUNDS = replace(DEFAULT, **PHASES)
 """What rounds are by default; the sparsity of a phase is that of its round."""
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
 
 
 def write(path, text):
@@ -264,14 +269,65 @@ def test_plain_text_is_read_as_yaml_1_2():
         ("model: a\nmodel: b", "the key model twice"),
         ("1: a", "the key 1, no text"),
         ("model: !!python/name:os.system", "expected YAML, got "),
-        ("model: !!set {a, b}", "expected text, numbers, lists and mappings"),
-        ("model: &a [*a]", "expected text, numbers, lists and mappings"),
+        ("model: !!set {a, b}", "expected YAML, got could not determine a constructor"),
+        ("model: !!timestamp x", "expected YAML, got could not determine a constructor"),
+        ("model: &a [*a]", "expected text, numbers, lists and mappings, got an alias of what it stands in, in line 1"),
+        ("&a model: {b: *a, c: *d}", "found undefined alias"),
+        (BOMB, "got more than 16,384 values or 32 levels of them in line 5"),
+        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 99)), "32 levels of them in line 31"),
+        ("[" * 3000, "32 levels of them in line 1"),
+        ("\n".join(" " * i + "a:" for i in range(99)), "32 levels of them in line 32"),
+        ("- " * 3000, "32 levels of them in line 1"),
+        ("a: [" + "b," * 20_000 + "]", "more than 16,384 values"),
+        ("seed: " + "9" * 5000, "got an integer of more than 64 bits, 99999999999999999999..."),
+        ("seed: 9223372036854775808", "got an integer of more than 64 bits, 9223372036854775808..."),
+        ("a: 1e999", "got a number that is not finite, 1e999"),
+        ("a: !!bool ''", "got '' tagged as bool"),
+        ("a: !!bool maybe", "got 'maybe' tagged as bool"),
     ],
 )
 def test_text_that_is_no_recipe(text, message):
     with pytest.raises(ValueError, match=r".") as error:
         schema.parse(text)
     assert message in str(error.value)
+
+
+def test_an_alias_repeats_what_it_names():
+    text = "model: m\nprune:\n  layer_targets:\n    a: &a {pattern: 4x1, sparsity: 0.5}\n    b: *a\n"
+    targets = {"pattern": "4x1", "sparsity": 0.5}
+    assert schema.parse(text)["prune"] == {"layer_targets": {"a": targets, "b": targets}}
+    assert schema.parse("a: [-9223372036854775808, 9223372036854775807]") == {"a": [-(2**63), 2**63 - 1]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            with_section("convert", {"token_counts": [16, 10**12]}),
+            "convert.token_counts: expected at most 1,000,000, got",
+        ),
+        (with_section("convert", {"blocks": [[2**62, 1]]}), "convert.blocks: expected at most 1,000,000, got"),
+        (with_section("recover", {"spliced": 1e9}), "recover.spliced: expected at most 100, got 1000000000.0"),
+        (with_section("rounds", {"growing": {"epochs": 10**9}}), "rounds.growing.epochs: expected at most 10,000, got"),
+        (with_section("prune", {"pattern": "9" * 99 + "x1"}), 'prune.pattern: expected "unstructured", "8x1"'),
+        (with_section("prune", {"layers": ["*a" * 9999]}), "prune.layers: expected text of at most 4,096 characters"),
+        (SMALLEST | {"\ud800": 1}, "expected Unicode text, got a lone surrogate"),
+        (SMALLEST | {"model": "a\ud800"}, "model: expected Unicode text, got a lone surrogate"),
+    ],
+)
+def test_absurd_sizes_are_refused(content, message):
+    assert refused(content).startswith(message)
+
+
+def test_a_file_that_is_no_recipe_is_refused_before_it_is_read(tmp_path):
+    long = write(tmp_path / "long.yaml", "model: m\n" + "#" * 2**17)
+    with pytest.raises(ValueError, match=r"long\.yaml: expected at most 131,072 bytes, got 131,081"):
+        load_recipe(long)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match=r"pipe\.yaml: expected a regular file, got a pipe"):
+        load_recipe(tmp_path / "pipe.yaml")
+    with pytest.raises(IsADirectoryError, match="recipe: cannot read"):
+        load_recipe(tmp_path)
 
 
 def test_a_file_is_named_in_errors(tmp_path):
@@ -313,6 +369,7 @@ def test_a_change_fills_an_empty_section(tmp_path):
         ("recover.epochs=many", 'recover.epochs: expected an integer, got "many"'),
         ("recover.epoch=1", "recover.epoch: expected a known key such as epochs, got epoch"),
         ("seed=[", "expected YAML, got "),
+        ("a." * 2000 + "a=1", "expected a change such as recover.epochs=5, got a.a."),
     ],
 )
 def test_changes_that_are_refused(tmp_path, change, message):

@@ -166,7 +166,7 @@ def parse_pattern(text: str) -> Pattern:
     """ "unstructured", "8x1" (rows x columns) or "2:4"; the inverse of `str`. Raises ValueError."""
     if text == "unstructured":
         return Unstructured()
-    found = re.fullmatch(r"(\d+)([x:])(\d+)", text)
+    found = re.fullmatch(r"(\d{1,6})([x:])(\d{1,6})", text)
     if found is None:
         raise ValueError(f'pattern: expected "unstructured", "8x1" (rows x columns) or "2:4", got "{text}"')
     first, second = int(found[1]), int(found[3])
