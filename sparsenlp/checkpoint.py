@@ -52,6 +52,7 @@ from .layer_entries import NAME, BlockEntry, CheckpointError, LayerEntry, descri
 from .layers.composite import Twin, replace_modules, split_composites_
 from .layers.compressed_linear import CompressedLinear
 from .layers.encoder import FUSED_PRECISIONS
+from .layers.incoming import watch_incoming_
 from .layers.recurrent import SparseRecurrent
 from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
@@ -331,6 +332,7 @@ def _fill_split(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry])
     with torch.no_grad():
         for name, value in values.items():
             dense[name].copy_(value)
+    watch_incoming_(model)
     return model
 
 

@@ -24,6 +24,7 @@ from .formats.block import split_blocks
 from .layers import SparseEncoder
 from .layers.composite import Twin, is_composite, replace_modules
 from .layers.encoder import FUSED_PRECISIONS
+from .layers.incoming import watch_incoming_
 from .measure import machine, use_threads
 from .models import after_conversion
 from .plan import MEASURES, BlockShape, OutputChange, Plan, PlanRow
@@ -168,6 +169,7 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
             replace_modules(model, {sparse: layer for layer, sparse in replacements.items()})
             raise
     if replacements or any(row.fused for row in encoders):
+        watch_incoming_(model)
         after_conversion(model)
     return replace(plan, encoders=encoders, change=_change(before, _observe(model, config)))
 

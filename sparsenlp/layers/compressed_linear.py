@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.bsr_linear import check_input_scale
@@ -14,10 +15,14 @@ Layer = TypeVar("Layer", bound="CompressedLinear")
 class CompressedLinear(nn.Module):
     """A linear layer that stores the weights of a format, in `values` and buffers of that format's own names.
 
+    content      names of the values and indices; index_dtype is that of the indices
     scales       of int8 values, one for each output, in float32 whatever the layer's dtype; None of others
     activation   applied last, "none" or another of `bsr_linear`
     input_scale  rounds x to int8 as a constant; None finds a scale for each token as it comes
     """
+
+    content: ClassVar[tuple[str, ...]]
+    index_dtype: ClassVar[torch.dtype]
 
     in_features: int
     out_features: int
@@ -35,6 +40,10 @@ class CompressedLinear(nn.Module):
     @property
     def weight(self) -> Any:
         """The weight as a format; it shares the layer's tensors."""
+        raise NotImplementedError
+
+    def check_content(self, tensors: dict[str, Tensor], scales: Tensor | None) -> None:
+        """Raise TypeError or ValueError unless `content` of these names describes a weight of this layer's shape."""
         raise NotImplementedError
 
     def to_dense(self) -> nn.Linear:

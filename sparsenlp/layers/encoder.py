@@ -16,7 +16,8 @@ from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE
 from ..formats.encoder import EncoderWeights, SparseProjection
 from ..ops.encoder_layer import TILES, arguments, call, check_weights, encoder_pack, encoder_unpack
-from .linear import SparseLinear, _check_incoming
+from .incoming import take_incoming
+from .linear import SparseLinear
 
 DENSE_ROWS = 8
 """Rows of the blocks that a dense weight is read as; they are as wide as the weight."""
@@ -77,6 +78,10 @@ class SparseEncoderLayer(nn.Module):
 class _Projection(nn.Module):
     """The tensors of a SparseProjection as buffers."""
 
+    content = SparseLinear.content
+    index_dtype = SparseLinear.index_dtype
+    check_content = SparseLinear.check_content
+
     def __init__(self, projection: SparseProjection) -> None:
         super().__init__()
         weight = projection.weight
@@ -84,7 +89,7 @@ class _Projection(nn.Module):
         for name in ("crow_indices", "col_indices", "values", "scales"):
             self.register_buffer(name, getattr(weight, name))
         self.register_buffer("bias", projection.bias)
-        self.register_load_state_dict_pre_hook(_check_incoming)
+        self.register_load_state_dict_pre_hook(take_incoming)
 
     @property
     def projection(self) -> SparseProjection:

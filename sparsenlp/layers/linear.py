@@ -11,6 +11,7 @@ from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE, validate
 from ..ops.bsr_linear import ACTIVATIONS, call
 from .compressed_linear import CompressedLinear
+from .incoming import take_incoming
 
 
 class SparseLinear(CompressedLinear):
@@ -22,6 +23,9 @@ class SparseLinear(CompressedLinear):
     `nnz_blocks` blocks are allocated with no content; use `from_dense`, `from_weight` or
     `load_state_dict` to fill them.
     """
+
+    content = ("crow_indices", "col_indices", "values")
+    index_dtype = INDEX_DTYPE
 
     crow_indices: Tensor
     col_indices: Tensor
@@ -55,7 +59,7 @@ class SparseLinear(CompressedLinear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
-        self.register_load_state_dict_pre_hook(_check_incoming)
+        self.register_load_state_dict_pre_hook(take_incoming)
 
     @classmethod
     def from_weight(cls, weight: BlockSparse, bias: Tensor | None = None, activation: str = "none") -> SparseLinear:
@@ -109,18 +113,9 @@ class SparseLinear(CompressedLinear):
             self.input_scale,
         )
 
+    def check_content(self, tensors: dict[str, Tensor], scales: Tensor | None) -> None:
+        validate(**tensors, shape=(self.out_features, self.in_features), scales=scales)
+
     def _format_repr(self) -> str:
         n, k = self.block
         return f"block={n}x{k}, sparsity={self.weight.sparsity:.3f}"
-
-
-def _check_incoming(module: SparseLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict whose indices do not describe this layer, before anything is copied."""
-    names = ("crow_indices", "col_indices", "values", "scales")
-    crow, col, values, scales = (state_dict.get(prefix + name) for name in names)
-    if crow is None or col is None or values is None or values.is_meta:
-        return
-    try:
-        validate(crow, col, values, (module.out_features, module.in_features), scales)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}") from None

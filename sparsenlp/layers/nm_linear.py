@@ -12,6 +12,7 @@ from ..formats.nm import INDEX_DTYPE, validate
 from ..ops.bsr_linear import ACTIVATIONS
 from ..ops.nm_linear import call, pack
 from .compressed_linear import CompressedLinear
+from .incoming import take_incoming
 
 
 class NMLinear(CompressedLinear):
@@ -25,6 +26,9 @@ class NMLinear(CompressedLinear):
 
     A new layer is allocated with no content; use one of those to fill it.
     """
+
+    content = ("values", "indices")
+    index_dtype = INDEX_DTYPE
 
     indices: Tensor
     packed: Tensor | None
@@ -63,7 +67,7 @@ class NMLinear(CompressedLinear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
-        self.register_load_state_dict_pre_hook(_check_incoming)
+        self.register_load_state_dict_pre_hook(take_incoming)
         self.register_load_state_dict_post_hook(_pack_loaded)
 
     @classmethod
@@ -113,20 +117,12 @@ class NMLinear(CompressedLinear):
             self.input_scale,
         )
 
+    def check_content(self, tensors: dict[str, Tensor], scales: Tensor | None) -> None:
+        validate(**tensors, shape=(self.out_features, self.in_features), pattern=self.pattern, scales=scales)
+
     def _format_repr(self) -> str:
         n, m = self.pattern
         return f"pattern={n}:{m}"
-
-
-def _check_incoming(module: NMLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict whose tensors do not describe this layer, before anything is copied."""
-    values, indices, scales = (state_dict.get(prefix + name) for name in ("values", "indices", "scales"))
-    if values is None or indices is None or values.is_meta:
-        return
-    try:
-        validate(values, indices, (module.out_features, module.in_features), module.pattern, scales)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{prefix.rstrip('.') or 'NMLinear'}: {error}") from None
 
 
 def _pack_loaded(module: NMLinear, _: Any) -> None:

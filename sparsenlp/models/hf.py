@@ -37,6 +37,7 @@ from ..formats.block import INDEX_DTYPE
 from ..layers import NMLinear, SparseLinear
 from ..layers.composite import join_composites_, replace_modules, split_composites_
 from ..layers.compressed_linear import CompressedLinear
+from ..layers.incoming import watch_incoming_
 from ..ops.nm_linear import pack
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
@@ -114,8 +115,8 @@ class SparseNlpQuantizer(HfQuantizer):
                 self._scales[layer] = scales
             replacements[linear] = layer
         replace_modules(model, replacements)
-        for linear, layer in replacements.items():
-            _show_dense_weight(layer, linear)
+        for dense, sparse in replacements.items():
+            _show_dense_weight(sparse, dense)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -133,6 +134,7 @@ class SparseNlpQuantizer(HfQuantizer):
         fuse_again_(model, {_local_name(model, name) or name: options for name, options in fused})
         if getattr(self.quantization_config, "fused_decoder", False):
             _fuse_decoder_again(model)
+        watch_incoming_(model)
         model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
         return model
 
