@@ -3,8 +3,9 @@
 from .augment import join, splice, without_labels
 from .batches import UNLABELLED, TokenizedDataset, shuffled_batches, sorted_batches, tokenize
 from .demo import minilm_directory, rotten_tomatoes
+from .labels import encode_labels
 from .news import news_articles, news_titles, token_windows
-from .text import TextDataset, check_split, encode_labels, load_table
+from .text import TextDataset, check_split, load_table
 from .word_vectors import WordVectors, load_word_vectors
 from .wordnet import sibling_definitions, supersense, word_definitions
 from .words import word_tokenizer
