@@ -79,7 +79,10 @@ def reduce_tokenizer(tokenizer: Any, new_ids: Sequence[int]) -> Any:
 def _data(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
-        raise ValueError(f"tokenizer: expected one of the tokenizers library, got {type(tokenizer).__name__}")
+        raise ValueError(
+            "tokenizer: expected a fast one, of the tokenizers library, which can be edited, got "
+            f"{type(tokenizer).__name__}; reduce the vocabulary without it, and renumber the ids of its tokens"
+        )
     data = json.loads(backend.to_str())
     if data["model"]["type"] not in MODELS:
         raise ValueError(f"tokenizer: expected a model among {', '.join(MODELS)}, got {data['model']['type']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,16 +60,16 @@ def reduce_vocabulary_(
     The scores of tokens that stay are what they were; the configuration (and generation's) gets the new size and ids.
     The embeddings become new Parameters, tied as they were: make the optimizer afterwards.
 
-    Raises ValueError, with the model untouched, for an id out of range or named twice, no id, an embedding that is
-    masked or not an nn.Embedding, one with a padding token whose id the positions depend on and that would change
-    (RoBERTa: keep the tokens before it), a tokenizer of another kind or with more tokens than the model, and a fused
-    model.
+    Raises ValueError, with the model untouched, for an id out of range or named twice, what is no id, no id at all, an
+    embedding that is masked or not an nn.Embedding, one with a padding token whose id the positions depend on and that
+    would change (RoBERTa: keep the tokens before it), a tokenizer of another kind or with more tokens than the model,
+    and a fused model.
     """
     what = "reduce_vocabulary_"
     table = _table(what, model, embedding)
     host: Any = model if is_transformers_model(model) and embedding is None else None
     old_size = table.num_embeddings
-    chosen = [int(i) for i in kept]
+    chosen = [_id(what, i) for i in kept]
     if not chosen:
         raise ValueError(f"{what}: expected at least one token to keep, got none")
     check_numbers(what, "ids to keep", chosen, old_size)
@@ -98,6 +99,15 @@ def reduce_vocabulary_(
             setattr(config, name, new if isinstance(getattr(config, name), list) else new[0])
         host.config.vocab_size = kept_ids.numel()
     return Vocabulary(kept_ids, new_ids, smaller)
+
+
+def _id(what: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{what}: expected ids of tokens, got {type(value).__name__}; a tokenizer tells those of texts"
+        ) from None
 
 
 def _table(what: str, model: Any, name: str | None) -> nn.Embedding:

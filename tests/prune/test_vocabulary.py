@@ -162,8 +162,12 @@ def test_tokenizers_split_what_stays_as_before(kind, tmp_path):
         ({"kept": []}, "reduce_vocabulary_: expected at least one token to keep, got none"),
         ({"kept": [50]}, "expected ids to keep from 0 to 49, got 50"),
         ({"kept": [-1]}, "expected ids to keep from 0 to 49, got -1"),
+        ({"kept": ["good"]}, "expected ids of tokens, got str; a tokenizer tells those of texts"),
         ({"kept": [6, 6]}, "expected each of the ids to keep once, got 6 twice"),
-        ({"tokenizer": "words"}, "tokenizer: expected one of the tokenizers library, got str"),
+        (
+            {"tokenizer": "words"},
+            "tokenizer: expected a fast one, of the tokenizers library, which can be edited, got str",
+        ),
         ({"embedding": "encoder"}, "expected an nn.Embedding of tokens, got BertEncoder"),
     ],
 )
