@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .classifiers import max_positions
 from .layers.composite import join_composites_, replace_modules
 from .layers.compressed_linear import CompressedLinear
 from .measure import Ratio, Timing, interleave, machine, ratio, use_threads
@@ -220,9 +221,9 @@ def check(dense: nn.Module, settings: Sequence[Setting], baselines: Sequence[str
         raise ValueError("bench: expected at least one setting, got none")
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise ValueError(f"bench: expected baselines among {', '.join(BASELINES)}, got {unknown[0]}")
-    limit = getattr(getattr(dense, "config", None), "max_position_embeddings", None)
+    limit = max_positions(dense)
     longest = max(setting.tokens for setting in settings)
-    if isinstance(limit, int) and longest > limit:
+    if limit is not None and longest > limit:
         raise ValueError(f"bench: expected at most {limit} tokens, which is what the model takes, got {longest}")
 
 

@@ -1,11 +1,12 @@
-"""Models of transformers: loading them, and of classifiers naming their classes and judging their predictions."""
+"""Models of transformers: loading them, how long a text they take, and how good the predictions of classifiers are."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CONFIG_FILE, METHOD, CheckpointError, from_pretrained, save_pretrained
-from .models.own import OWN
+from .heads import named_class
 from .train import accuracy, agreement, cosine_similarity, kl_divergence
 
 
@@ -59,20 +60,6 @@ def judge(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> Qu
     )
 
 
-@dataclass(frozen=True)
-class Head:
-    """The classes a model is to predict.
-
-    names    in the order of the outputs
-    trained  False where the model has to be fine-tuned before it can predict them
-    why      one sentence for the user where something was decided for them, else ""
-    """
-
-    names: list[str]
-    trained: bool
-    why: str = ""
-
-
 def load_config(name: str) -> Any:
     """The transformers config of a model directory or hub id. Raises as `load_model`."""
     from transformers import AutoConfig
@@ -89,33 +76,55 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
 
 
-def load_model(name: str, label_names: Sequence[str] | None = None) -> nn.Module:
-    """A sequence classifier, or any of our own models, in eval mode: a dense or sparsenlp directory, or a hub id.
+def load_model(name: str, label_names: Sequence[str] | None = None, trained: bool = False) -> nn.Module:
+    """A model in eval mode, float32: of a dense or sparsenlp directory, or a hub id.
 
-    label_names  classes to give a classifier; a head of another size starts from random weights, the same
-                 ones every time
+    label_names  classes to give a sequence classifier; a head of another size, or one that is not there, starts from
+                 random weights, the same ones every time. Without them the model is what its config.json names, with
+                 all its weights
+    trained      the head must be there, too
 
-    Raises ModuleNotFoundError without transformers, FileNotFoundError for a directory that does not
-    exist, CheckpointError for a damaged sparsenlp checkpoint, and ValueError for anything else that
-    transformers cannot load.
+    Warns of weights that the class has no place for. Raises ModuleNotFoundError without transformers,
+    FileNotFoundError for a directory that does not exist, CheckpointError for a damaged sparsenlp checkpoint, and
+    ValueError for weights that are missing, and for anything else that transformers cannot load.
     """
     with _loading(name):
         if is_sparse_checkpoint(name):
             return from_pretrained(name)
-        import transformers
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+        if label_names is None:
+            loader = named_class(load_config(name))
+        else:
+            from transformers import AutoModelForSequenceClassification as loader
 
-        own = OWN.get(transformers.AutoConfig.from_pretrained(name).model_type)
-        Auto = getattr(transformers, own.auto if own is not None else "AutoModelForSequenceClassification")
-        labels: dict[str, Any] = {}
-        if label_names is not None:
             id2label = dict(enumerate(label_names))
-            labels = {"id2label": id2label, "label2id": {n: i for i, n in id2label.items()}}
+            options |= {"id2label": id2label, "label2id": {n: i for i, n in id2label.items()}}
+            options["ignore_mismatched_sizes"] = True
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            model = Auto.from_pretrained(
-                name, dtype=torch.float32, ignore_mismatched_sizes=label_names is not None, **labels
-            )
+            model, info = loader.from_pretrained(name, **options)
+        _check_weights(model, info, new_head=label_names is not None and not trained)
+    if label_names is None and info["unexpected_keys"]:
+        warnings.warn(
+            f"{name}: {type(model).__name__} has no place for {_some(info['unexpected_keys'])}, left out", stacklevel=2
+        )
     return model.eval()
+
+
+def _check_weights(model: Any, info: Mapping[str, Any], new_head: bool) -> None:
+    """Raise ValueError if weights are random because the files lack them; those of a new head and pooler may be."""
+    absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    inside = f"{model.base_model_prefix}."
+    lacking = {key for key in absent if not new_head or (key.startswith(inside) and "pooler" not in key.split("."))}
+    if lacking:
+        raise ValueError(
+            f"expected all weights of {type(model).__name__}, got none for {_some(lacking)}, which would be random"
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def load_language_model(name: str) -> nn.Module:
@@ -148,45 +157,57 @@ def is_sparse_checkpoint(name: str) -> bool:
     return isinstance(block, Mapping) and block.get("quant_method") == METHOD and block.get("modules") != {}
 
 
-def label_names_of(config: Any) -> list[str]:
-    """Class names of a transformers config, in the order of the outputs."""
-    return [str(config.id2label[i]) for i in range(len(config.id2label))]
-
-
-def has_generic_names(config: Any) -> bool:
-    """Whether the classes are called LABEL_0, LABEL_1, ..., as transformers does when nobody named them."""
-    return label_names_of(config) == [f"LABEL_{i}" for i in range(len(config.id2label))]
-
-
-def choose_head(config: Any, labels: Sequence[str], retrain: bool = False) -> Head:
-    """Match a model's classes with the labels of a data file (each once, in the order new classes get).
-
-    retrain  the model will be fine-tuned anyway, so that its classes may be renamed
-
-    Raises ValueError if a trained model has as many classes as the file, but under other names.
-    """
-    names = label_names_of(config)
-    if not any("ForSequenceClassification" in cls for cls in config.architectures or ()):
-        return Head([*labels], False, "the model has no trained classification head")
-    if set(labels) <= set(names):
-        return Head(names, not retrain)
-    if len(labels) != len(names):
-        return Head([*labels], False, f"the model has {len(names)} classes and the data {len(labels)}")
-    if retrain:
-        return Head([*labels], False)
-    if has_generic_names(config):
-        return Head([*labels], True, f"the model's classes have no names; taken to be {', '.join(labels)}, in order")
-    raise ValueError(
-        f"labels: expected the model's classes {', '.join(names)}, got {', '.join(labels)}; "
-        "rename them in the data, or train the model on them with --finetune-epochs"
-    )
-
-
 def max_tokens(config: Any, tokenizer: Any = None) -> int | None:
-    """Longest sequence a model takes, as far as its config and tokenizer tell."""
+    """Longest sequence a model takes, as far as its config, its embeddings (see `max_positions`) and tokenizer tell."""
     limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    if isinstance(limits[0], int) and getattr(config, "pad_token_id", None) is not None:
+        limits.append(max_positions(_skeleton(config)))
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**6]
     return min(known, default=None)
+
+
+def max_positions(model: Any) -> int | None:
+    """Longest sequence that a model has positions for, None if its config does not say.
+
+    Families that follow RoBERTa count positions from the number of the padding token, and those up to it are lost.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    lost = [
+        table.padding_idx + 1
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and table.num_embeddings == limit and "position" in name
+        if table.padding_idx is not None
+    ]
+    return limit - max(lost, default=0)
+
+
+def _skeleton(config: Any) -> Any:
+    """A model of that config without weights; None where transformers cannot build one by the config alone."""
+    from transformers import AutoModel
+
+    try:
+        with silent_transformers(), torch.device("meta"):
+            return AutoModel.from_config(config)
+    except (ImportError, RuntimeError, ValueError):
+        return None
+
+
+def match_padding_(model: Any, tokenizer: Any) -> None:
+    """Give the config of a classifier the tokenizer's padding token where it decides which token is a text's last.
+
+    Warns if that changes it. Decoders read the last token before the padding, and refuse batches without one.
+    """
+    config = model.config.get_text_config()
+    known, pad = getattr(config, "pad_token_id", None), tokenizer.pad_token_id
+    if pad is None or known == pad or (known is not None and not hasattr(model, "score")):
+        return
+    config.pad_token_id = pad
+    warnings.warn(
+        f"pad_token_id: the model's config has {known}, the tokenizer pads with {pad}, which is used",
+        stacklevel=2,
+    )
 
 
 @contextmanager

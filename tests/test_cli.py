@@ -318,6 +318,64 @@ def test_prune_holds_out_rows_without_a_test_file(files, tmp_path):
     assert "no --test: 6 of the 64 rows are held out for testing" in result.stderr
 
 
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForMaskedLM", "BertForTokenClassification"])
+def test_prune_at_once_keeps_the_kind_of_model(files, tmp_path, architecture):
+    import transformers
+
+    dense = getattr(transformers, architecture).from_pretrained(files / "encoder")
+    dense.save_pretrained(tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "dense" / name).write_bytes((files / "model" / name).read_bytes())
+    result = succeed("prune", tmp_path / "dense", tmp_path / "out", "--sparsity", "0.5")
+    assert re.search(r"50\.\d% of the weights of 12 pruned layers are zero", result.stdout)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [architecture]
+    sparse = sparsenlp.from_pretrained(tmp_path / "out")
+    assert type(sparse).__name__ == architecture
+    pruned = {name for name, layer in sparse.named_modules() if isinstance(layer, SparseLinear)}
+    kept = {name: tensor for name, tensor in dense.state_dict().items() if name.rpartition(".")[0] not in pruned}
+    assert all(torch.equal(tensor, sparse.state_dict()[name]) for name, tensor in kept.items() if "layer" not in name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architectures": ["BertForTokenClassification"]}, "got BertForTokenClassification, which is for a label per"),
+        ({"problem_type": "regression"}, "got BertForSequenceClassification, which is for regression"),
+        ({"problem_type": "multi_label_classification"}, "which is for several labels per text"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prune", "eval"])
+def test_models_for_something_else_are_refused(files, tmp_path, verb, settings, message):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in (files / "model").iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | settings))
+    options = [tmp_path / "out", "--finetune-epochs", "1"] if verb == "prune" else []
+    refused = failure(verb, model, *options, "--data", files / "train.csv")
+    assert refused.startswith("model: expected one class per text")
+    assert message in refused
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([f"a,{i / 7:.2f}" for i in range(40)], "labels: expected classes, got 40 different numbers such as 0.14"),
+        (["a,1"] * 40, "labels: expected at least 2 classes in"),
+        ([f"a,{i}" for i in range(40)], "labels: expected classes of several texts in"),
+        (["a,1", "b,0", "c,1"], "split: expected rows on both sides, got 3 for training, 0 for test"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(files, tmp_path, rows, message):
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(["text,label", *rows]))
+    for verb in (("prune", files / "model"), ("train", "--model", "textcnn")):
+        assert failure(*verb, tmp_path / "out", "--data", data, "--epochs", "1").startswith(message)
+        assert not (tmp_path / "out").exists()
+
+
 def test_prune_at_once_warns(files, tmp_path):
     result = succeed("prune", files / "model", tmp_path / "out", "--sparsity", "0.5")
     assert "warning: no --data" in result.stderr
@@ -391,6 +449,78 @@ def test_eval_of_classes_without_names(files, tmp_path):
     save_tiny_bert(tmp_path / "model", names=("LABEL_0", "LABEL_1"))
     result = succeed("eval", tmp_path / "model", "--data", files / "test.csv")
     assert "the model's classes have no names; taken to be bad, good, in this order" in result.stderr
+
+
+def test_eval_of_some_classes_without_names(files, tmp_path):
+    """Numbers are those of the outputs, also where the file has some of them only; text is not guessed."""
+    names = tuple(f"LABEL_{i}" for i in range(3))
+    save_tiny_bert(tmp_path / "model", names=names)
+    accuracies = []
+    for name, spelled in (("named", names[1:]), ("floats", ("1.0", "2.0")), ("ints", ("1", "2"))):
+        data = write_table(tmp_path / f"{name}.csv", names=spelled)
+        result = succeed("eval", tmp_path / "model", "--data", data, "--json")
+        accuracies.append(json.loads(result.stdout)["accuracy"])
+        said = "numbers in the data are taken for those of its outputs, of which the data has 2 of 3" in result.stderr
+        assert said == (name != "named")
+    assert accuracies[0] == accuracies[1] == accuracies[2]
+    message = failure("eval", tmp_path / "model", "--data", files / "test.csv")
+    assert message.startswith("labels: expected all 3 classes for a model whose classes have no names, got bad, good")
+    message = failure("eval", tmp_path / "model", "--data", write_table(tmp_path / "more.csv", names=("2", "3")))
+    assert message.startswith("labels: expected numbers from 0 to 2 for a model whose classes have no names, got 2, 3")
+
+
+def test_eval_compares_names_without_regard_to_case(files, tmp_path):
+    data = write_table(tmp_path / "upper.csv", 32, seed=1, names=("BAD", "Good"))
+    result = succeed("eval", files / "model", "--data", data, "--json")
+    assert "warning: labels are compared without regard to case: BAD is bad, Good is good" in result.stderr
+    plain = succeed("eval", files / "model", "--data", files / "test.csv", "--json")
+    assert json.loads(result.stdout)["accuracy"] == json.loads(plain.stdout)["accuracy"]
+
+
+def test_eval_judges_no_random_head(files, tmp_path):
+    message = failure("eval", files / "encoder", "--data", files / "test.csv")
+    assert "the model has no trained classification head; fine-tune it first" in message
+    message = failure("eval", files / "model", "--data", files / "test.csv", "--against", files / "encoder")
+    assert message.startswith(f"model: expected a trained classifier of these labels, got {files / 'encoder'}")
+
+
+def test_eval_reads_the_texts_with_the_tokenizer_of_each_model(files, tmp_path):
+    """The other model is the same one with its words in another order."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    count = len(tokenizer)
+    turned = {word: i if i < 4 else count + 3 - i for word, i in data["model"]["vocab"].items()}
+    data["model"]["vocab"] = turned
+    other = save_tiny_bert(tmp_path / "other")
+    weights = load_file(files / "model" / "model.safetensors")
+    name = "bert.embeddings.word_embeddings.weight"
+    order = [i if i < 4 else count + 3 - i for i in range(count)]
+    save_file(weights | {name: weights[name][order].contiguous()}, other / "model.safetensors", {"format": "pt"})
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(json.dumps(data))
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(other)
+    arguments = ("--data", files / "test.csv", "--against", other, "--json")
+    found = json.loads(succeed("eval", files / "model", *arguments).stdout)
+    assert found["agreement"] == 1
+    assert found["cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_eval_refuses_another_order_of_classes(files, tmp_path):
+    turned = save_tiny_bert(tmp_path / "turned", names=("good", "bad"))
+    message = failure("eval", files / "model", "--data", files / "test.csv", "--against", turned)
+    assert message == f"against: expected classes in the order of {files / 'model'}, got another in {turned}"
+
+
+def test_texts_that_are_cut_are_told(files, tmp_path):
+    result = succeed("eval", files / "model", "--data", files / "test.csv", "--max-length", "4")
+    assert re.search(r"^\d+ of the 32 texts are cut to 4 tokens$", result.stderr, re.MULTILINE)
+    result = prune(files, tmp_path / "out", "model", "--max-length", "4")
+    assert re.search(r"^\d+ of the 64 training texts are cut to 4 tokens$", result.stderr, re.MULTILINE)
+    assert re.search(r"^\d+ of the 32 test texts are cut to 4 tokens$", result.stderr, re.MULTILINE)
 
 
 def test_eval_refuses_models_with_other_classes(files, tmp_path):

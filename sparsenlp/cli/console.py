@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -45,7 +46,8 @@ class CommandLine(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings_as_notes():
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt as error:
@@ -64,6 +66,25 @@ def resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; run the same command again to go on from there") from None
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """A UserWarning within the `with` block is a line for the user, each text once; others go where they went."""
+    seen: set[str] = set()
+    show = warnings.showwarning
+
+    def shown(message: Any, category: Any, *where: Any, **options: Any) -> None:
+        if category is not UserWarning:
+            show(message, category, *where, **options)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            note(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = shown
+        yield
 
 
 def note(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,10 +14,15 @@ from .console import note, print_json, print_table
 from .options import BatchSize, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from ..data import TextDataset
+    from ..data import TextDataset, TokenizedDataset
     from ..recipe.tasks import Judgement
+
+Columns = tuple[str, str, str | None]
+"""Names of the columns with the text, the label, and the second text."""
+Reading = tuple[Sequence[Callable[["nn.Module"], Any]], Callable[..., "Judgement"]]
+"""(what each model says of the texts, what compares that with the labels and with a reference)"""
 
 
 def evaluate(
@@ -43,29 +48,20 @@ def evaluate(
     sparsenlp eval out --data test.csv --against bert-finetuned
     sparsenlp eval out --data words.tsv --text-column word --text-pair-column phonemes
     """
-    from ..classifiers import judge, load_config, load_model, load_tokenizer, max_tokens
-    from ..data import tokenize
-    from ..recipe import Data
-    from ..recipe.tasks import token_prediction, token_texts
+    from ..classifiers import load_config, load_model
     from ..sequences import PREDICTORS
-    from ..train import predict
 
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    outputs: Callable[[nn.Module], Any]
-    compare: Callable[..., Judgement]
-    if config.model_type in PREDICTORS:
-        source = Data(train=str(data), test=str(data), text_column=text_column, text_pair_column=text_pair_column)
-        columns = token_texts(source, config.is_encoder_decoder, seed=0)
-        task = token_prediction(tokenizer, *columns, max_length, seed=0)
-        outputs, compare = partial(task.outputs, batch_size=batch_size), task.judge
-    else:
-        texts = load_texts(data, config, text_column, label_column, text_pair_column)
-        tokens = tokenize(texts, tokenizer, min(max_length, max_tokens(config, tokenizer) or max_length))
-        outputs = partial(predict, data=tokens, batch_size=batch_size)
-        compare = partial(judge, labels=tokens.labels)
-    models = [load_model(name) for name in (model, against) if name is not None]
+    names = [model] if against is None else [model, against]
+    configs = [load_config(name) for name in names]
+    predicts = [config.model_type in PREDICTORS for config in configs]
+    if len({*predicts}) > 1:
+        raise ValueError(f"against: expected two classifiers or two models of tokens, got {model} and {against}")
+    columns = (text_column, label_column, text_pair_column)
+    read = _read_predictors if predicts[0] else _read_classifiers
+    outputs, compare = read(names, configs, data, columns, max_length, batch_size)
+    models = [load_model(name) for name in names]
     with use_threads(threads):
-        found, *reference = [outputs(each) for each in models]
+        found, *reference = [of(each) for of, each in zip(outputs, models, strict=True)]
     quality = compare(found, reference=reference[0] if reference else None)
     rows: dict[str, Judgement] = {model: quality}
     if against is not None:
@@ -76,21 +72,80 @@ def evaluate(
     print_table(quality_cells(rows), f"{quality_title(quality)}, {data}")
 
 
-def load_texts(
-    path: Path, config: Any, text_column: str, label_column: str, text_pair_column: str | None
-) -> TextDataset:
-    """Read a file with the labels encoded as the model's classes. Raises ValueError for a label it does not have."""
-    from ..classifiers import has_generic_names, label_names_of
-    from ..data import load_table
+def _read_classifiers(
+    names: Sequence[str], configs: Sequence[Any], data: Path, columns: Columns, max_length: int, batch_size: int
+) -> Reading:
+    """What gives the logits of each model, and what compares them; each reads the texts with its own tokenizer."""
+    from ..classifiers import judge, load_tokenizer, match_padding_, max_tokens
+    from ..data import tokenize
+    from ..recipe.tasks import cut_texts
+    from ..train import predict
 
+    readings: list[tuple[Any, TokenizedDataset]] = []
+    labels: list[Tensor] = []
+    for name, config in zip(names, configs, strict=True):
+        texts = load_texts(data, name, config, *columns)
+        tokenizer = load_tokenizer(name)
+        tokens = tokenize(texts, tokenizer, min(max_length, max_tokens(config, tokenizer) or max_length))
+        if tokens.cut and (not labels or cut_texts(tokens, "texts") != cut_texts(readings[0][1], "texts")):
+            note(cut_texts(tokens, "texts"))
+        readings.append((tokenizer, tokens))
+        labels.append(tokens.labels)
+    if len(labels) > 1 and not labels[0].equal(labels[1]):
+        raise ValueError(f"against: expected classes in the order of {names[0]}, got another in {names[1]}")
+
+    def logits(tokenizer: Any, tokens: TokenizedDataset, model: nn.Module) -> Any:
+        match_padding_(model, tokenizer)
+        return predict(model, tokens, batch_size)
+
+    return [partial(logits, *reading) for reading in readings], partial(judge, labels=labels[0])
+
+
+def _read_predictors(
+    names: Sequence[str], configs: Sequence[Any], data: Path, columns: Columns, max_length: int, batch_size: int
+) -> Reading:
+    """The same for models that predict tokens, which have to be the same ones for both."""
+    from ..classifiers import load_tokenizer
+    from ..recipe import Data
+    from ..recipe.tasks import token_prediction, token_texts
+
+    tokenizers = [load_tokenizer(name) for name in names]
+    if len({config.model_type for config in configs}) > 1:
+        raise ValueError(f"against: expected another {configs[0].model_type}, got {configs[1].model_type}")
+    if any(each.get_vocab() != tokenizers[0].get_vocab() for each in tokenizers):
+        raise ValueError(f"against: expected the tokens of {names[0]}, got another vocabulary in {names[1]}")
+    text_column, _, text_pair_column = columns
+    source = Data(train=str(data), test=str(data), text_column=text_column, text_pair_column=text_pair_column)
+    texts = token_texts(source, configs[0].is_encoder_decoder, seed=0)
+    task = token_prediction(tokenizers[0], *texts, max_length, seed=0)
+    return [partial(task.outputs, batch_size=batch_size)] * len(names), task.judge
+
+
+def load_texts(
+    path: Path, name: str, config: Any, text_column: str, label_column: str, text_pair_column: str | None
+) -> TextDataset:
+    """Read a file with the labels encoded as the classes of the model of that name.
+
+    Raises ValueError for a label it does not have, and for a model that has no trained head for classes.
+    """
+    from ..data import load_table
+    from ..data.labels import is_generic
+    from ..heads import CLASSES, check_head, choose_head, head_kind, label_names_of
+
+    check_head(config)
+    columns = (text_column, label_column, text_pair_column)
     names = label_names_of(config)
-    texts = load_table(path, text_column, label_column, text_pair_column)
-    if set(texts.label_names) <= set(names) or not has_generic_names(config):
-        return load_table(path, text_column, label_column, text_pair_column, names)
-    if len(texts.label_names) > len(names):
-        raise ValueError(f"labels: expected at most the model's {len(names)} classes, got {len(texts.label_names)}")
-    note(f"the model's classes have no names; taken to be {', '.join(texts.label_names)}, in this order")
-    return texts
+    if head_kind(config) == CLASSES and not is_generic(names):
+        return load_table(path, *columns, names)
+    texts = load_table(path, *columns)
+    head = choose_head(config, texts.label_names)
+    if not head.trained:
+        raise ValueError(
+            f"model: expected a trained classifier of these labels, got {name}: {head.why}; fine-tune it first"
+        )
+    for remark in filter(None, (head.why, head.remarks)):
+        note(remark)
+    return texts.with_classes(head.names)
 
 
 def quality_title(quality: Judgement) -> str:

@@ -27,11 +27,13 @@ class TokenizedDataset:
     columns    tokenizer output by name ("input_ids", "token_type_ids", ...): one list of ints per text
     labels     (examples,) int64, UNLABELLED for a text without one
     pad_values what each column is padded with
+    cut        texts that were too long, of which the end is missing
     """
 
     columns: dict[str, list[list[int]]]
     labels: Tensor
     pad_values: dict[str, int]
+    cut: int = 0
 
     def __len__(self) -> int:
         return self.labels.numel()
@@ -71,11 +73,29 @@ def tokenize(data: TextDataset, tokenizer: Any, max_length: int = 512) -> Tokeni
     if not len(data):
         raise ValueError("tokenize: expected at least one text, got none")
     if tokenizer.pad_token_id is None:
-        raise ValueError("tokenize: expected a tokenizer with a padding token, got none")
-    encoded = tokenizer(data.texts, data.text_pairs, truncation=True, max_length=max_length)
-    columns = {name: encoded[name] for name in encoded if name != "attention_mask"}
+        raise ValueError(
+            "tokenize: expected a tokenizer with a padding token, got none; give it one, as in "
+            "tokenizer.pad_token = tokenizer.eos_token, and save it again"
+        )
+    columns, cut = encode(tokenizer, data.texts, data.text_pairs, max_length)
     pad_values = dict.fromkeys(columns, 0) | {"input_ids": tokenizer.pad_token_id}
-    return TokenizedDataset(columns, torch.tensor(data.labels), pad_values)
+    return TokenizedDataset(columns, torch.tensor(data.labels), pad_values, len(cut))
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+) -> tuple[dict[str, list[list[int]]], list[int]]:
+    """(columns of a transformers tokenizer without the attention mask, rows that were cut to `max_length` tokens)."""
+    encoded = tokenizer([*texts], pairs and [*pairs], truncation=False, verbose=False)
+    columns = {name: encoded[name] for name in encoded if name != "attention_mask"}
+    long = [row for row, ids in enumerate(columns["input_ids"]) if len(ids) > max_length]
+    if long:
+        seconds = pairs and [pairs[row] for row in long]
+        shorter = tokenizer([texts[row] for row in long], seconds, truncation=True, max_length=max_length)
+        for name, rows in columns.items():
+            for row, values in zip(long, shorter[name], strict=True):
+                rows[row] = values
+    return columns, long
 
 
 def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import UNLABELLED, TokenizedDataset
+from .batches import UNLABELLED, TokenizedDataset, encode
 
 
 def sequence_pairs(
@@ -22,9 +22,9 @@ def sequence_pairs(
     """
     if len(sources) != len(targets) or not sources:
         raise ValueError(f"sequence_pairs: expected as many targets as sources, got {len(targets)} and {len(sources)}")
-    ids = tokenizer(list(sources), truncation=True, max_length=max_length)["input_ids"]
-    labels = target_tokenizer(list(targets), truncation=True, max_length=max_length)["input_ids"]
-    return _dataset(ids, labels, tokenizer.pad_token_id)
+    ids, long = encode(tokenizer, sources, None, max_length)
+    labels, also_long = encode(target_tokenizer, targets, None, max_length)
+    return _dataset(ids["input_ids"], labels["input_ids"], tokenizer.pad_token_id, len({*long, *also_long}))
 
 
 def predicted_windows(windows: Tensor, last: int | None = None, padding: int | None = None) -> TokenizedDataset:
@@ -46,6 +46,6 @@ def predicted_windows(windows: Tensor, last: int | None = None, padding: int | N
     return _dataset(windows.tolist(), labels.tolist(), 0)
 
 
-def _dataset(ids: list[list[int]], labels: list[list[int]], padding: int) -> TokenizedDataset:
-    columns = {"input_ids": ids, "labels": labels}
-    return TokenizedDataset(columns, torch.full((len(ids),), UNLABELLED), {"input_ids": padding, "labels": UNLABELLED})
+def _dataset(ids: list[list[int]], labels: list[list[int]], padding: int, cut: int = 0) -> TokenizedDataset:
+    columns, pad_values = {"input_ids": ids, "labels": labels}, {"input_ids": padding, "labels": UNLABELLED}
+    return TokenizedDataset(columns, torch.full((len(ids),), UNLABELLED), pad_values, cut)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..allocation import Allocation, allocate_to_target
+from ..classifiers import max_positions
 from ..data import TokenizedDataset, shuffled_batches
 from ..layers.composite import splitting
 from ..modes import evaluating
@@ -88,7 +89,7 @@ def allocate_layers(
 
 def inputs_of(model: nn.Module, tokens: int) -> dict[str, Tensor]:
     """Arguments of a transformers model with as many tokens in all, in as few texts as its positions allow."""
-    longest = getattr(model.config, "max_position_embeddings", None) or tokens
+    longest = max_positions(model) or tokens
     texts = math.ceil(tokens / longest)
     ids = torch.ones((texts, max(tokens // texts, 1)), dtype=torch.int64, device=device_of(model))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

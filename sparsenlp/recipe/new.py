@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..classifiers import Head, max_tokens, save_model
+from ..classifiers import max_tokens, save_model
 from ..data import WordVectors, tokenize
+from ..heads import Head
 from ..scratch import new_classifier
 from ..sequences import PREDICTORS, new_encoder_decoder, new_language_model
 from ..train import FinetuneConfig
@@ -51,6 +52,8 @@ def train_new(
     note(f"vocabulary: {len(tokenizer)} words and special tokens of {count} texts")
     if vectors is not None:
         note(f"word vectors: {embeddings} has {vectors.found} of {vectors.words} words ({vectors.coverage:.1%})")
+    for remark in task.remarks:
+        note(remark)
     state = output / "work" / "train.safetensors"
     task.finetune(model, config, state)
     quality = task.judge(task.outputs(model))

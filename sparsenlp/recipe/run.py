@@ -134,6 +134,8 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
     files = ("finetune.safetensors", "recover.safetensors", "layer_targets.json", "rounds.safetensors")
     states = [job.work / name for name in files]
     removals, layer_targets, rounds = [], None, None
+    for remark in task.remarks:
+        note(remark)
     if job.finetunes:
         _finetune(job, states[0], note)
     elif isinstance(task, Classification) and task.head.why:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from .. import data as corpora
 from .. import train as training
 from ..classifiers import (
-    Head,
     Quality,
-    choose_head,
     judge,
     load_config,
     load_language_model,
     load_model,
     load_tokenizer,
+    match_padding_,
     max_tokens,
 )
 from ..data import TextDataset, TokenizedDataset, check_split, load_table, tokenize
 from ..data.pronunciations import pronunciations, spelled
-from ..data.text import load_columns
+from ..data.tables import load_columns
 from ..data.token_labels import predicted_windows, sequence_pairs
+from ..heads import Head, check_head, choose_head
 from ..prune import LayerTarget
 from ..prune.layers import FilterFn
 from ..sequences import PREDICTORS, Answers, Perplexity, answers, judge_answers, judge_windows, text_windows
@@ -64,9 +64,17 @@ class UntrainedHead(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """Without texts: what is done looks at the weights alone, and nothing is judged."""
+    """Without texts: what is done looks at the weights alone, and nothing is judged.
+
+    The model is what its config.json names, whatever that is for.
+    """
 
     tokenizer: Any
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said about the texts, a line each."""
+        return []
 
     def load(self, name: str) -> nn.Module:
         """The dense model."""
@@ -132,7 +140,15 @@ class Classification(Trained):
     test: TokenizedDataset
 
     def load(self, name: str) -> nn.Module:
-        return load_model(name, self.head.names)
+        model = load_model(name, self.head.names, self.head.trained)
+        match_padding_(model, self.tokenizer)
+        return model
+
+    @property
+    def remarks(self) -> list[str]:
+        sides = {"training": self.train, "validation": self.validation, "test": self.test}
+        cut = [cut_texts(side, f"{name} texts") for name, side in sides.items() if side is not None]
+        return [remark for remark in (self.head.remarks, *cut) if remark]
 
     def outputs(self, model: nn.Module) -> Tensor:
         return training.predict(model, self.test)
@@ -144,6 +160,11 @@ class Classification(Trained):
 @dataclass(frozen=True)
 class TokenPrediction(Trained):
     """Of one of our models that predict tokens; `train` has them as labels."""
+
+    @property
+    def remarks(self) -> list[str]:
+        cut = cut_texts(self.train, "training texts, or what answers them,")
+        return [cut] if cut else []
 
     def outputs(self, model: nn.Module, batch_size: int = 4) -> Any:
         """As of any task, so many windows or sources at a time."""
@@ -212,6 +233,11 @@ class LanguageModelling(Task):
 
     def calibration(self, stage: OneShot) -> list[dict[str, Tensor]]:
         return [{"input_ids": windows} for windows in self.train.split(CALIBRATION_BATCH)]
+
+
+def cut_texts(data: TokenizedDataset, name: str) -> str:
+    """How many texts are cut, as a line for the user; "" for none."""
+    return f"{data.cut} of the {len(data)} {name} are cut to {max(data.lengths)} tokens" if data.cut else ""
 
 
 def read_task(recipe: Recipe, name: str) -> Task:
@@ -318,19 +344,29 @@ def labelled_texts(source: Data, seed: int) -> tuple[TextDataset, TextDataset, H
     train = load_table(source.train, **source.columns)
     if source.test is None:
         rows = len(train)
+        _check_several(train, source.train)
+        if len(train.label_names) == rows:
+            raise ValueError(f"labels: expected classes of several texts in {source.train}, got another in every row")
         train, test = train.split(HELD_OUT, seed)
         return train, test, (len(test), rows)
     test = load_table(source.test, **source.columns, label_names=train.label_names)
+    _check_several(train, source.train)
     check_split(train, test)
     return train, test, None
+
+
+def _check_several(train: TextDataset, path: str) -> None:
+    if len(train.label_names) < 2:
+        raise ValueError(f"labels: expected at least 2 classes in {path}, got only {train.label_names[0]}")
 
 
 def _labelled(recipe: Recipe, config: Any) -> tuple[Head, TextDataset, TextDataset, HeldOut]:
     """(classes, training texts, test texts, held out), labels indexing the classes."""
     assert recipe.data is not None
+    check_head(config)
     train, test, held_out = labelled_texts(recipe.data, recipe.seed)
     head = choose_head(config, train.label_names, recipe.finetune.when == "always")
-    return head, _encoded(train, head.names), _encoded(test, head.names), held_out
+    return head, train.with_classes(head.names), test.with_classes(head.names), held_out
 
 
 def _packaged(source: Data, seed: int) -> tuple[TextDataset, TextDataset]:
@@ -344,9 +380,3 @@ def _packaged(source: Data, seed: int) -> tuple[TextDataset, TextDataset]:
     if source.task not in LABELLED_TASKS:
         raise ValueError(f"data.task: expected labelled texts, got {source.task}")
     return getattr(corpora, source.task)(seed=seed, count=source.count, path=source.path, **fraction)
-
-
-def _encoded(dataset: TextDataset, names: Sequence[str]) -> TextDataset:
-    """With labels that index `names`, among which all of its own are."""
-    places = [names.index(name) for name in dataset.label_names]
-    return replace(dataset, labels=[places[label] for label in dataset.labels], label_names=[*names])

@@ -40,12 +40,14 @@ class LiveTeacher:
 
     @torch.no_grad()
     def outputs(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        inputs = self.data.batch(indices)
         with evaluating(self.model), recorded(self.projections) as projected:
-            output = forward(self.model, self.data.batch(indices), self.hidden, self.bf16)
-        if self.hidden and output.hidden_states is None:
-            raise ValueError(
-                f"hidden_weight: expected 0 for {type(self.model).__name__}, which returns no hidden states"
-            )
+            output = forward(self.model, inputs, self.hidden, self.bf16)
+        if self.hidden:
+            states, tokens = output.hidden_states, inputs["input_ids"].shape[1]
+            if states is None or any(state.shape[1] != tokens for state in states):
+                returned = "no hidden states" if states is None else "hidden states that are not one per token"
+                raise ValueError(f"hidden_weight: expected 0 for {type(self.model).__name__}, which returns {returned}")
         return output.logits.float(), [*(output.hidden_states[1:] if self.hidden else ()), *projected]
 
 

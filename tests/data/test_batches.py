@@ -11,9 +11,9 @@ class LetterTokenizer:
 
     pad_token_id = 99
 
-    def __call__(self, texts, pairs, truncation, max_length):
+    def __call__(self, texts, pairs, truncation, max_length=None, verbose=True):
         pairs = pairs or [""] * len(texts)
-        joined = [(a + b)[:max_length] for a, b in zip(texts, pairs, strict=True)]
+        joined = [(a + b)[: max_length if truncation else None] for a, b in zip(texts, pairs, strict=True)]
         return {
             "input_ids": [[ord(c) - 96 for c in text] for text in joined],
             "token_type_ids": [[int(i >= len(a)) for i in range(len(t))] for a, t in zip(texts, joined, strict=True)],
@@ -36,6 +36,13 @@ def test_pairs_and_truncation():
     batch = data.batch([0])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 1, 1]]
+
+
+def test_texts_that_are_cut_are_counted():
+    texts = TextDataset(["abcd", "ab", "abcdef"], [0, 0, 0], ["x"])
+    data = tokenize(texts, LetterTokenizer(), max_length=3)
+    assert (data.cut, data.lengths) == (2, [3, 2, 3])
+    assert (tokenize(texts, LetterTokenizer(), 6).cut, tokenize(texts, LetterTokenizer(), 4).cut) == (0, 1)
 
 
 def test_tokenize_refuses_what_cannot_be_batched():
