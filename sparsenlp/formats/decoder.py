@@ -73,7 +73,8 @@ class DecoderWeights:
         """The tensors as the op takes them; nothing is copied."""
         projections = [p for layer in self.layers for p in layer.projections]
         norms = [*(norm for layer in self.layers for norm in (layer.norm1, layer.norm2)), self.norm]
-        none, no_index = torch.empty(0), torch.empty(0, dtype=INDEX_DTYPE)
+        device = self.norm[0].device
+        none, no_index = torch.empty(0, device=device), torch.empty(0, dtype=INDEX_DTYPE, device=device)
         weights = [p.weight for p in projections]
         sparse = [w if isinstance(w, BlockSparse) else None for w in weights]
         biased = any(p.bias is not None for p in projections)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import native
 from ..reference import add_layer_norm as reference
 from .bsr_linear import BACKENDS, NATIVE_DTYPES
+from .devices import on_one_device, register_fake
 
 
 def add_layer_norm(
@@ -48,7 +49,7 @@ def add_layer_norm(
     check_norm("add_layer_norm", weight, bias, shape[-1], x)
     if choose_backend("add_layer_norm", x, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.add_layer_norm(x, residual, weight, bias, eps)
+            return _reference(x, residual, weight, bias, eps)
     return call(x, residual, weight, bias, eps)
 
 
@@ -105,11 +106,12 @@ torch.library.define(
     "sparsenlp::add_layer_norm", "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps) -> Tensor"
 )
 _op = torch.ops.sparsenlp.add_layer_norm.default
+_reference = on_one_device("add_layer_norm", reference.add_layer_norm)
 if not native.available:
     torch.library.impl("sparsenlp::add_layer_norm", "cpu", reference.add_layer_norm)
 
 
-@torch.library.register_fake("sparsenlp::add_layer_norm")
+@register_fake("add_layer_norm")
 def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 

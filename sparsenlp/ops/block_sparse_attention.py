@@ -12,6 +12,7 @@ from ..formats import BlockMask
 from ..reference import block_sparse_attention as reference
 from .add_layer_norm import call_op
 from .bsr_linear import NATIVE_DTYPES
+from .devices import on_one_device, register_fake
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -56,7 +57,7 @@ def block_sparse_attention(
     arguments = (query, key, value, *tensors, key_mask, scale)
     if _choose(query, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            y, lse = reference.block_sparse_attention(*arguments)
+            y, lse = _reference(*arguments)
     else:
         y, lse = call_op(_op, *arguments)
     return (y, lse) if return_lse else y
@@ -129,6 +130,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"sparsenlp::{_name}", _schema)
 _op = torch.ops.sparsenlp.block_sparse_attention.default
 _backward_op = torch.ops.sparsenlp.block_sparse_attention_backward.default
+_reference = on_one_device("block_sparse_attention", reference.block_sparse_attention)
 if not native.available:
     torch.library.impl("sparsenlp::block_sparse_attention", "cpu", reference.block_sparse_attention)
     torch.library.impl("sparsenlp::block_sparse_attention_backward", "cpu", reference.block_sparse_attention_backward)
@@ -142,17 +144,17 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton_kernels.load("block_sparse_attention_backward", grad).block_sparse_attention_backward(grad, *rest)
 
 
-triton_kernels.register("block_sparse_attention", _triton)
-triton_kernels.register("block_sparse_attention_backward", _triton_backward)
+for _name, _function in (("block_sparse_attention", _triton), ("block_sparse_attention_backward", _triton_backward)):
+    triton_kernels.register(_name, on_one_device(_name, _function))
 
 
-@torch.library.register_fake("sparsenlp::block_sparse_attention")
+@register_fake("block_sparse_attention")
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = query.new_empty(*query.shape[:3], value.shape[3])
     return y, query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-@torch.library.register_fake("sparsenlp::block_sparse_attention_backward")
+@register_fake("block_sparse_attention_backward")
 def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 

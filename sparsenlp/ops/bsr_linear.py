@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import native, triton_kernels
 from ..formats import BlockSparse
 from ..reference import bsr_linear as reference
+from .devices import on_one_device, register_fake
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("native", "reference")
@@ -81,7 +82,8 @@ def bsr_linear_add_(
         )
     tensors = (weight.crow_indices, weight.col_indices, weight.values)
     if choose_backend(x, *tensors) == "reference":
-        return y.copy_(reference.bsr_linear(x, *tensors, bias, activation, y, weight.scales, input_scale or 0.0))
+        _reference_add_(y, x, *tensors, bias, activation, weight.scales, input_scale or 0.0)
+        return y
     _add_op(y, x, *tensors, bias, activation, weight.scales, input_scale or 0.0)
     return y
 
@@ -111,7 +113,7 @@ def call(
     scale = input_scale or 0.0
     if choose_backend(x, crow_indices, col_indices, values, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
+            return _reference(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         if scales is not None and (x.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError("bsr_linear: expected no gradients with int8 weights, got an x that requires them")
@@ -209,7 +211,10 @@ _dgrad_op = torch.ops.sparsenlp.bsr_linear_dgrad.default
 _wgrad_op = torch.ops.sparsenlp.bsr_linear_wgrad.default
 
 
-def _reference_add_(
+_reference = on_one_device("bsr_linear", reference.bsr_linear)
+
+
+def _add_by_reference(
     y: Tensor,
     x: Tensor,
     crow_indices: Tensor,
@@ -221,6 +226,9 @@ def _reference_add_(
     input_scale: float = 0.0,
 ) -> None:
     y.copy_(reference.bsr_linear(x, crow_indices, col_indices, values, bias, activation, y, scales, input_scale))
+
+
+_reference_add_ = on_one_device("bsr_linear_add_", _add_by_reference)
 
 
 if not native.available:
@@ -257,16 +265,16 @@ def _triton_wgrad(grad: Tensor, *rest: Any) -> Tensor:
     return triton_kernels.load("bsr_linear", grad).bsr_linear_wgrad(grad, *rest)
 
 
-torch.library.impl("sparsenlp::bsr_linear_add_", "cuda", _triton_add_)
+torch.library.impl("sparsenlp::bsr_linear_add_", "cuda", on_one_device("bsr_linear_add_", _triton_add_))
 for _name, _function in (
     ("bsr_linear", _triton),
     ("bsr_linear_dgrad", _triton_dgrad),
     ("bsr_linear_wgrad", _triton_wgrad),
 ):
-    triton_kernels.register(_name, _function)
+    triton_kernels.register(_name, on_one_device(_name, _function))
 
 
-@torch.library.register_fake("sparsenlp::bsr_linear")
+@register_fake("bsr_linear")
 def _fake(
     x: Tensor,
     crow_indices: Tensor,
@@ -281,17 +289,17 @@ def _fake(
     return x.new_empty(*x.shape[:-1], (crow_indices.shape[0] - 1) * values.shape[1])
 
 
-@torch.library.register_fake("sparsenlp::bsr_linear_add_")
+@register_fake("bsr_linear_add_")
 def _fake_add_(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("sparsenlp::bsr_linear_dgrad")
+@register_fake("bsr_linear_dgrad")
 def _fake_dgrad(grad: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
     return grad.new_empty(grad.shape[0], columns)
 
 
-@torch.library.register_fake("sparsenlp::bsr_linear_wgrad")
+@register_fake("bsr_linear_wgrad")
 def _fake_wgrad(grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block: list[int]) -> Tensor:
     return x.new_empty(col_indices.shape[0], *block, dtype=torch.promote_types(x.dtype, torch.float32))
 

@@ -11,6 +11,7 @@ from .. import native
 from ..formats import BlockSparse
 from ..formats.decoder import DecoderProjection, DecoderTensors, DecoderWeights
 from ..reference import decoder_layers as reference
+from .devices import on_one_device, register_fake
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 BACKENDS = ("native", "reference")
@@ -73,7 +74,7 @@ def call(
         raise RuntimeError("decoder_layers: expected no gradients to be needed, got an x that requires them")
     arguments = (x, cache, past, *tensors, heads, scale, activation, eps, rope, positions, mask)
     if _choose(x, backend) == "reference":
-        return reference.decoder_layers(*arguments)
+        return _reference(*arguments)
     if torch.compiler.is_compiling():
         return _op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -123,7 +124,7 @@ def _check(
         if positions is None or positions.shape != (batch, length) or positions.dtype != torch.int64:
             got = "None" if positions is None else f"{positions.dtype} {tuple(positions.shape)}"
             raise ValueError(f"decoder_layers: expected int64 positions of shape {(batch, length)}, got {got}")
-        known = positions.numel() and not torch.compiler.is_compiling()
+        known = positions.numel() and not positions.is_meta and not torch.compiler.is_compiling()
         if known and not 0 <= int(positions.min()) <= int(positions.max()) < rope.shape[0]:
             raise ValueError(f"decoder_layers: expected positions in [0, {rope.shape[0]})")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, past + length)):
@@ -202,11 +203,12 @@ torch.library.define(
     "str activation, float eps, Tensor? rope=None, Tensor? positions=None, Tensor? mask=None) -> Tensor",
 )
 _op = torch.ops.sparsenlp.decoder_layers.default
+_reference = on_one_device("decoder_layers", reference.decoder_layers)
 
 if not native.available:
     torch.library.impl("sparsenlp::decoder_layers", "cpu", reference.decoder_layers)
 
 
-@torch.library.register_fake("sparsenlp::decoder_layers")
+@register_fake("decoder_layers")
 def _fake(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import native
 from ..reference import dense_attention as reference
 from .add_layer_norm import check_like, choose_backend
+from .devices import on_one_device, register_fake
 
 
 def dense_attention(
@@ -66,7 +67,7 @@ def call(
         )
     if choose_backend("dense_attention", query, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.dense_attention(*inputs)
+            return _reference(*inputs)
     return _op(*inputs)
 
 
@@ -111,10 +112,11 @@ torch.library.define(
     "-> Tensor",
 )
 _op = torch.ops.sparsenlp.dense_attention.default
+_reference = on_one_device("dense_attention", reference.dense_attention)
 if not native.available:
     torch.library.impl("sparsenlp::dense_attention", "cpu", reference.dense_attention)
 
 
-@torch.library.register_fake("sparsenlp::dense_attention")
+@register_fake("dense_attention")
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     return query.new_empty(value.shape)

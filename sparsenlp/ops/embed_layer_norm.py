@@ -11,6 +11,7 @@ from .. import native
 from ..reference import add_layer_norm as norm_reference
 from ..reference import embed_layer_norm as reference
 from .add_layer_norm import call_op, check_like, check_norm, choose_backend
+from .devices import on_one_device, register_fake
 
 
 def embed_layer_norm(
@@ -52,7 +53,7 @@ def embed_layer_norm(
     tensors = (ids, word, position, token_type, position_ids, token_type_ids, weight, bias)
     if choose_backend("embed_layer_norm", word, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.embed_layer_norm(*tensors, eps, padding_idx)
+            return _reference(*tensors, eps, padding_idx)
     return call(*tensors, eps, padding_idx)
 
 
@@ -125,11 +126,12 @@ torch.library.define(
     "Tensor weight, Tensor? bias, float eps, int? padding_idx=None) -> Tensor",
 )
 _op = torch.ops.sparsenlp.embed_layer_norm.default
+_reference = on_one_device("embed_layer_norm", reference.embed_layer_norm)
 if not native.available:
     torch.library.impl("sparsenlp::embed_layer_norm", "cpu", reference.embed_layer_norm)
 
 
-@torch.library.register_fake("sparsenlp::embed_layer_norm")
+@register_fake("embed_layer_norm")
 def _fake(ids: Tensor, word: Tensor, *_: Any, **__: Any) -> Tensor:
     return word.new_empty(*ids.shape, word.shape[1])
 

@@ -19,6 +19,7 @@ from .. import native
 from ..formats.encoder import EncoderWeights, SparseProjection
 from ..reference import encoder_layer as reference
 from .bsr_linear import ACTIVATIONS, BACKENDS
+from .devices import on_one_device, register_fake
 
 TILES = (16, 32)
 PRECISIONS = ("float32", "bfloat16")
@@ -48,7 +49,7 @@ def encoder_pack(
     if mask is not None:
         check_mask(mask, x)
     if _choose("encoder_pack", x, backend) == "reference":
-        return reference.encoder_pack(x, mask, tile)
+        return _reference_pack(x, mask, tile)
     return _pack_op(x, mask, tile)
 
 
@@ -88,7 +89,7 @@ def encoder_unpack(
             f"encoder_unpack: expected {wanted} tiles of {tile} tokens for a batch of {batch} x {length}, got {tiles}"
         )
     if _choose("encoder_unpack", stream, backend) == "reference":
-        return reference.encoder_unpack(stream, spans, batch, length, dtype)
+        return _reference_unpack(stream, spans, batch, length, dtype)
     return _unpack_op(stream, spans, batch, length, dtype)
 
 
@@ -163,7 +164,7 @@ def call(
         raise RuntimeError("encoder_layer: expected torch.no_grad() or tensors without gradients; it is for inference")
     inputs: tuple[Any, ...] = (stream, spans, *arguments, position_bias, precision)
     if _choose("encoder_layer", stream, backend) == "reference":
-        return reference.encoder_layer(*inputs)
+        return _reference_layer(*inputs)
     return _layer_op(*inputs)
 
 
@@ -275,6 +276,9 @@ for _name, _schema in _SCHEMAS.items():
 _pack_op = torch.ops.sparsenlp.encoder_pack.default
 _layer_op = torch.ops.sparsenlp.encoder_layer.default
 _unpack_op = torch.ops.sparsenlp.encoder_unpack.default
+_reference_pack = on_one_device("encoder_pack", reference.encoder_pack)
+_reference_layer = on_one_device("encoder_layer", reference.encoder_layer)
+_reference_unpack = on_one_device("encoder_unpack", reference.encoder_unpack)
 
 if not native_runs():
     torch.library.impl("sparsenlp::encoder_pack", "cpu", reference.encoder_pack)
@@ -282,18 +286,18 @@ if not native_runs():
     torch.library.impl("sparsenlp::encoder_unpack", "cpu", reference.encoder_unpack)
 
 
-@torch.library.register_fake("sparsenlp::encoder_pack")
+@register_fake("encoder_pack")
 def _fake_pack(x: Tensor, mask: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
     tiles = (x.shape[0] * x.shape[1] + tile - 1) // tile
     stream = x.new_empty(tiles, x.shape[2], tile, dtype=torch.float32)
     return stream, x.new_empty(3, tiles * tile, dtype=torch.int32)
 
 
-@torch.library.register_fake("sparsenlp::encoder_layer")
+@register_fake("encoder_layer")
 def _fake_layer(stream: Tensor, *_: Any) -> Tensor:
     return stream.new_empty(stream.shape)
 
 
-@torch.library.register_fake("sparsenlp::encoder_unpack")
+@register_fake("encoder_unpack")
 def _fake_unpack(stream: Tensor, spans: Tensor, batch: int, length: int, dtype: torch.dtype) -> Tensor:
     return stream.new_empty(batch, length, stream.shape[1], dtype=dtype)

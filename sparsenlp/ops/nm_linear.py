@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..formats.nm import pack_indices
 from ..reference import nm_linear as reference
 from . import nm_linear_cuda as cuda
 from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, NATIVE_DTYPES, check_residual
+from .devices import on_one_device, register_fake
 
 BACKENDS = ("native", "cuda", "reference")
 NATIVE_PATTERNS = ((2, 4), (1, 4), (4, 8))
@@ -105,7 +107,7 @@ def call(
     scale = input_scale or 0.0
     if _choose(x, values, packed, pattern, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.nm_linear(x, values, indices, pattern, bias, activation, residual, scales, scale)
+            return _reference(x, values, indices, packed, pattern, bias, activation, residual, scales, scale)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         if scales is not None and (x.requires_grad or (residual is not None and residual.requires_grad)):
             raise RuntimeError("nm_linear: expected no gradients with int8 weights, got an x that requires them")
@@ -152,12 +154,12 @@ torch.library.define(
 _op = torch.ops.sparsenlp.nm_linear.default
 
 
-def _reference(
+def _without_packed(
     x: Tensor,
     values: Tensor,
     indices: Tensor,
-    packed: Tensor,
-    pattern: list[int],
+    packed: Tensor | None,
+    pattern: Sequence[int],
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None = None,
@@ -168,12 +170,15 @@ def _reference(
     return reference.nm_linear(x, values, indices, (n, m), bias, activation, residual, scales, input_scale)
 
 
+_reference = on_one_device("nm_linear", _without_packed)
+
+
 if not native.available:
     torch.library.impl("sparsenlp::nm_linear", "cpu", _reference)
-torch.library.impl("sparsenlp::nm_linear", "cuda", cuda.forward)
+torch.library.impl("sparsenlp::nm_linear", "cuda", on_one_device("nm_linear", cuda.forward))
 
 
-@torch.library.register_fake("sparsenlp::nm_linear")
+@register_fake("nm_linear")
 def _fake(x: Tensor, values: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 

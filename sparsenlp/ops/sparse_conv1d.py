@@ -14,6 +14,7 @@ from ..formats import BlockSparse
 from ..formats.block import INT8_UNIT
 from ..reference import sparse_conv1d as reference
 from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, BACKENDS, NATIVE_DTYPES, check_input_scale
+from .devices import on_one_device, register_fake
 
 
 def sparse_conv1d(
@@ -113,7 +114,7 @@ def call(
     arguments = (x, crow_indices, col_indices, values, bias, activation, *window, scales, scale)
     if choose_backend(x, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.sparse_conv1d(*arguments)
+            return _reference(*arguments)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         if scales is not None and x.requires_grad:
             raise RuntimeError("sparse_conv1d: expected no gradients with int8 weights, got an x that requires them")
@@ -170,12 +171,13 @@ torch.library.define(
 _op = torch.ops.sparsenlp.sparse_conv1d.default
 _dgrad_op = torch.ops.sparsenlp.bsr_linear_dgrad.default
 _wgrad_op = torch.ops.sparsenlp.bsr_linear_wgrad.default
+_reference = on_one_device("sparse_conv1d", reference.sparse_conv1d)
 
 if not native.available:
     torch.library.impl("sparsenlp::sparse_conv1d", "cpu", reference.sparse_conv1d)
 
 
-@torch.library.register_fake("sparsenlp::sparse_conv1d")
+@register_fake("sparse_conv1d")
 def _fake(
     x: Tensor,
     crow_indices: Tensor,

@@ -12,6 +12,7 @@ from ..formats.encoder import SparseProjection
 from ..reference import sparse_ffn as reference
 from .add_layer_norm import choose_backend
 from .bsr_linear import ACTIVATIONS
+from .devices import on_one_device, register_fake
 from .encoder_layer import WEIGHT_DTYPES, check_projection
 
 
@@ -45,7 +46,7 @@ def call(x: Tensor, fc1: list[Tensor], fc2: list[Tensor], activation: str, backe
         raise RuntimeError("sparse_ffn: expected torch.no_grad() or tensors without gradients; it is for inference")
     if choose_backend("sparse_ffn", x, backend) == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.sparse_ffn(x, fc1, fc2, activation)
+            return _reference(x, fc1, fc2, activation)
     return _op(x, fc1, fc2, activation)
 
 
@@ -68,11 +69,12 @@ def _check(x: Tensor, fc1: SparseProjection, fc2: SparseProjection, activation: 
 # programs load everywhere.
 torch.library.define("sparsenlp::sparse_ffn", "(Tensor x, Tensor[] fc1, Tensor[] fc2, str activation) -> Tensor")
 _op = torch.ops.sparsenlp.sparse_ffn.default
+_reference = on_one_device("sparse_ffn", reference.sparse_ffn)
 if not native.available:
     torch.library.impl("sparsenlp::sparse_ffn", "cpu", reference.sparse_ffn)
 
 
-@torch.library.register_fake("sparsenlp::sparse_ffn")
+@register_fake("sparse_ffn")
 def _fake(x: Tensor, fc1: list[Tensor], fc2: list[Tensor], *_: Any) -> Tensor:
     crow_indices, values = fc2[0], fc2[2]
     return x.new_empty(*x.shape[:-1], (crow_indices.shape[0] - 1) * values.shape[1])

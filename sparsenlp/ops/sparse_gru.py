@@ -14,6 +14,7 @@ from ..formats.recurrent import RecurrentTensors, RecurrentWeights
 from ..reference import sparse_gru as reference
 from ..reference.recurrent import saved_dtype
 from . import recurrent_gpu
+from .devices import on_one_device, register_fake
 from .recurrent import (
     batch_of,
     check_gradients,
@@ -72,7 +73,7 @@ def call(
     chosen = choose("sparse_gru", x, h0, h0.shape[-1], tensors.values, backend)
     if chosen == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.sparse_gru(x, batch_sizes, *tensors, h0, reverse)[:2]
+            return _reference(x, batch_sizes, *tensors, h0, reverse)[:2]
     op = _persistent_op if chosen == "cuda" else _op
     if grad or torch.compiler.is_compiling():
         needed = any(t.requires_grad for t in (x, h0, *tensors.values, *tensors.biases))
@@ -96,6 +97,7 @@ for _name in ("sparse_gru", "sparse_gru_persistent"):  # the second by CUDA C++,
 _op = torch.ops.sparsenlp.sparse_gru.default
 _persistent_op = torch.ops.sparsenlp.sparse_gru_persistent.default
 _backward_op = torch.ops.sparsenlp.sparse_gru_backward.default
+_reference = on_one_device("sparse_gru", reference.sparse_gru)
 
 if not native.available:
     torch.library.impl("sparsenlp::sparse_gru", "cpu", reference.sparse_gru)
@@ -122,13 +124,22 @@ def _on_gpu(
     return y, h_n, gates
 
 
-torch.library.impl("sparsenlp::sparse_gru", "cuda", partial(_on_gpu, "triton"))
-torch.library.impl("sparsenlp::sparse_gru_persistent", "cuda", partial(_on_gpu, "cuda"))
-torch.library.impl("sparsenlp::sparse_gru_backward", "cuda", reference.sparse_gru_backward)
+for _name, _kernel in (
+    ("sparse_gru", partial(_on_gpu, "triton")),
+    ("sparse_gru_persistent", partial(_on_gpu, "cuda")),
+    ("sparse_gru_backward", reference.sparse_gru_backward),
+):
+    torch.library.impl(f"sparsenlp::{_name}", "cuda", on_one_device(_name, _kernel))
+torch.library.impl(
+    "sparsenlp::sparse_gru_persistent", "cuda", on_one_device("sparse_gru_persistent", partial(_on_gpu, "cuda"))
+)
+torch.library.impl(
+    "sparsenlp::sparse_gru_backward", "cuda", on_one_device("sparse_gru_backward", reference.sparse_gru_backward)
+)
 
 
-@torch.library.register_fake("sparsenlp::sparse_gru")
-@torch.library.register_fake("sparsenlp::sparse_gru_persistent")
+@register_fake("sparse_gru")
+@register_fake("sparse_gru_persistent")
 def _fake(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -148,7 +159,7 @@ def _fake(
     return y, h0.new_empty(h0.shape), x.new_empty(shape, dtype=saved_dtype(x.dtype))
 
 
-@torch.library.register_fake("sparsenlp::sparse_gru_backward")
+@register_fake("sparse_gru_backward")
 def _fake_backward(grad_y: Tensor, grad_h: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     directions, tokens, wide = others[4].shape
     shape = (directions, tokens, wide // 4 * reference.GATES)

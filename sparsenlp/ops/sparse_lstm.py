@@ -14,6 +14,7 @@ from ..formats.recurrent import RecurrentTensors, RecurrentWeights
 from ..reference import sparse_lstm as reference
 from ..reference.recurrent import saved_dtype
 from . import recurrent_gpu
+from .devices import on_one_device, register_fake
 from .recurrent import (
     batch_of,
     check_gradients,
@@ -86,7 +87,7 @@ def call(
     chosen = choose("sparse_lstm", x, h0, c0.shape[-1], tensors.values, backend)
     if chosen == "reference":
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return reference.sparse_lstm(x, batch_sizes, *tensors, h0, c0, reverse)[:3]
+            return _reference(x, batch_sizes, *tensors, h0, c0, reverse)[:3]
     op = _persistent_op if chosen == "cuda" else _op
     if grad or torch.compiler.is_compiling():
         needed = any(t.requires_grad for t in (x, h0, c0, *tensors.values, *tensors.biases))
@@ -110,6 +111,7 @@ for _name in ("sparse_lstm", "sparse_lstm_persistent"):  # the second by CUDA C+
 _op = torch.ops.sparsenlp.sparse_lstm.default
 _persistent_op = torch.ops.sparsenlp.sparse_lstm_persistent.default
 _backward_op = torch.ops.sparsenlp.sparse_lstm_backward.default
+_reference = on_one_device("sparse_lstm", reference.sparse_lstm)
 
 if not native.available:
     torch.library.impl("sparsenlp::sparse_lstm", "cpu", reference.sparse_lstm)
@@ -138,13 +140,22 @@ def _on_gpu(
     return y, h_n, c_n, gates, cells
 
 
-torch.library.impl("sparsenlp::sparse_lstm", "cuda", partial(_on_gpu, "triton"))
-torch.library.impl("sparsenlp::sparse_lstm_persistent", "cuda", partial(_on_gpu, "cuda"))
-torch.library.impl("sparsenlp::sparse_lstm_backward", "cuda", reference.sparse_lstm_backward)
+for _name, _kernel in (
+    ("sparse_lstm", partial(_on_gpu, "triton")),
+    ("sparse_lstm_persistent", partial(_on_gpu, "cuda")),
+    ("sparse_lstm_backward", reference.sparse_lstm_backward),
+):
+    torch.library.impl(f"sparsenlp::{_name}", "cuda", on_one_device(_name, _kernel))
+torch.library.impl(
+    "sparsenlp::sparse_lstm_persistent", "cuda", on_one_device("sparse_lstm_persistent", partial(_on_gpu, "cuda"))
+)
+torch.library.impl(
+    "sparsenlp::sparse_lstm_backward", "cuda", on_one_device("sparse_lstm_backward", reference.sparse_lstm_backward)
+)
 
 
-@torch.library.register_fake("sparsenlp::sparse_lstm")
-@torch.library.register_fake("sparsenlp::sparse_lstm_persistent")
+@register_fake("sparse_lstm")
+@register_fake("sparse_lstm_persistent")
 def _fake(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -166,7 +177,7 @@ def _fake(
     return y, h0.new_empty(h0.shape), c0.new_empty(c0.shape), kept[0], kept[1]
 
 
-@torch.library.register_fake("sparsenlp::sparse_lstm_backward")
+@register_fake("sparse_lstm_backward")
 def _fake_backward(
     grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, batch_sizes: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
