@@ -104,7 +104,8 @@ def fuse_decoder_(model: nn.Module) -> nn.Module:
     The modules stay as and where they are: the state dict, saving and training do not change, and weights may. Only
     the forward of the base model is replaced, and that of a dense language-model head (see FewTokenLinear). It falls
     back to the original one when gradients are enabled, in training mode, with hooks inside, under autocast, for more
-    than MOST_TOKENS tokens, with a cache that is not a DynamicCache, and for any argument that it does not know.
+    than MOST_TOKENS tokens or those of a sliding window, with a cache that is not a DynamicCache, and for any argument
+    that it does not know.
     `generate` works as before (greedy, sampling, beams).
 
     returns  `model`
@@ -115,7 +116,7 @@ def fuse_decoder_(model: nn.Module) -> nn.Module:
     """
     base = _base(model)
     forward = DecoderForward(base)
-    forward.build()
+    forward.stack = forward.build()
     base.forward = forward
     head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(head) is nn.Linear:
@@ -183,14 +184,13 @@ class DecoderForward(InstanceForward):
         self.model = model
         self.family = FAMILIES[model.config.model_type]
         self.stack: DecoderStack | None = None
-        self.rope: Tensor | None = None
-        self.frequencies: Tensor | None = None
+        self.rope: _Rope | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.model, self.stack, self.rope, self.frequencies = state["model"], None, None, None
+        self.model, self.stack, self.rope = state["model"], None, None
 
     def __getattr__(self, name: str) -> Any:
         if name == "family":  # after unpickling or copying, when the model was not there yet
@@ -205,7 +205,7 @@ class DecoderForward(InstanceForward):
             output = None if args else self._fused(**kwargs)
         return self.original(*args, **kwargs) if output is None else output
 
-    def build(self) -> None:
+    def build(self) -> DecoderStack:
         """Find the modules and tensors. Raises ValueError where the layers cannot be fused."""
         model, config, family = self.model, self.model.config, self.family
         name = getattr(config, family.activation)
@@ -222,7 +222,7 @@ class DecoderForward(InstanceForward):
         heads, scales = config.num_attention_heads, {module.scaling for module in attention}
         if len(scales) != 1:
             raise ValueError(f"fuse_decoder_: expected one scale of the scores in all layers, got {sorted(scales)}")
-        self.stack = DecoderStack(
+        stack = DecoderStack(
             layers,
             model.get_submodule(family.norm),
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -232,9 +232,9 @@ class DecoderForward(InstanceForward):
             activation=ACTIVATIONS[name],
             eps=getattr(config, family.eps),
         )
-        if (dtype := self.stack.dtype) not in NATIVE_DTYPES:
-            self.stack = None
+        if (dtype := stack.dtype) not in NATIVE_DTYPES:
             raise ValueError(f"fuse_decoder_: expected weights in float32 or bfloat16, got {dtype}")
+        return stack
 
     def _modules(self, layer: nn.Module) -> DecoderLayerModules:
         get, family = layer.get_submodule, self.family
@@ -251,13 +251,13 @@ class DecoderForward(InstanceForward):
 
     def _ready(self) -> DecoderStack | None:
         """The stack, if it serves the model as it is now."""
-        if self.stack is None or not self.stack.unchanged():
-            self.stack = None
+        stack = self.stack  # other threads may replace it
+        if stack is None or not stack.unchanged():
             try:
-                self.build()
+                stack = self.build()
             except ValueError:
-                return None
-        stack = self.stack
+                stack = None
+            self.stack = stack
         if stack is None or any(hook.__module__ != CAPTURING for hook in stack.hooks()):
             return None
         return stack
@@ -296,10 +296,13 @@ class DecoderForward(InstanceForward):
         use_cache = config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=config)
+        window = self._window()
         if past_key_values is None:
+            if window is not None and length > window:
+                return None
             data, past = stack.new_cache(batch, length), 0
         else:
-            reserved = reserve(past_key_values, stack, batch, length)
+            reserved = reserve(past_key_values, stack, batch, length, window)
             if reserved is None:
                 return None
             data, past = reserved
@@ -327,14 +330,37 @@ class DecoderForward(InstanceForward):
         output = getattr(modeling_outputs, family.output)
         return output(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None)
 
+    def _window(self) -> int | None:
+        """The tokens that a layer attends to at most, by position; None: all."""
+        if not getattr(self.model, "has_sliding_layers", True):
+            return None
+        return getattr(self.model.config, "sliding_window", None)
+
     def _rope(self, positions: int) -> Tensor:
         """Cosines and sines of at least so many positions, from the model's own module; kept until it changes."""
         module = self.model.get_submodule(self.family.rope)
         frequencies = module._buffers["inv_freq"]
-        if self.rope is None or self.frequencies is not frequencies or positions > self.rope.shape[0]:
+        rope = self.rope  # other threads may replace it
+        if rope is None or not rope.serves(frequencies, positions):
             count = max(positions, min(2 * positions, self.model.config.max_position_embeddings))
             cos, sin = module(torch.empty(1, dtype=torch.float32), torch.arange(count)[None])
             half = cos.shape[-1] // 2
-            self.rope = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=1).contiguous()
-            self.frequencies = frequencies
-        return self.rope
+            table = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=1).contiguous()
+            self.rope = rope = _Rope(table, frequencies, frequencies.clone())
+        return rope.table
+
+
+@dataclass(frozen=True, eq=False)
+class _Rope:
+    """A table of cosines and sines, and the frequencies that it was made from: the tensor, and what it held."""
+
+    table: Tensor
+    frequencies: Tensor
+    values: Tensor
+
+    def serves(self, frequencies: Tensor, positions: int) -> bool:
+        return (
+            positions <= self.table.shape[0]
+            and self.frequencies is frequencies
+            and torch.equal(self.values, frequencies)
+        )

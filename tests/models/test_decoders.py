@@ -293,6 +293,102 @@ def test_changes_to_the_model_are_seen(llama, runs):
 
 
 @torch.no_grad()
+def test_edits_through_data_are_seen(pair):
+    dense, model = (copy.deepcopy(m) for m in pair)
+    ids = tokens(1, 5)
+    model(ids)
+    for m in (dense, model):
+        for parameter in m.parameters():
+            parameter.data.mul_(1.5)
+        rope = getattr(m.base_model, "rotary_emb", None)
+        if rope is not None:
+            rope.inv_freq.data.mul_(0.5)
+    close(model(ids).logits, dense(ids).logits)
+
+
+WINDOWED = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA_SIZES, head_dim=16, sliding_window=8)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**LLAMA_SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    ),
+    "qwen2-layer-types": lambda: Qwen2ForCausalLM(
+        Qwen2Config(
+            **LLAMA_SIZES,
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        )
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=WINDOWED)
+def windowed(request):
+    torch.manual_seed(0)
+    dense = WINDOWED[request.param]().eval()
+    for parameter in dense.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.2
+    return dense, fuse_decoder_(copy.deepcopy(dense))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(("length", "fused"), [(3, 1), (8, 1), (9, 0), (20, 0)])
+def test_sliding_windows(windowed, length, fused, use_cache, runs):
+    dense, model = windowed
+    ids = tokens(2, length)
+    close(model(ids, use_cache=use_cache).logits, dense(ids, use_cache=use_cache).logits)
+    assert runs == {"fused": fused, "original": 1 - fused}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["own", "sliding", "plain"])
+@pytest.mark.parametrize("steps", [(3, 1, 1, 1, 1, 1, 1, 1, 3), (7, 1, 1, 1), (8, 2, 1), (5, 4, 1), (9, 1)])
+def test_steps_through_a_sliding_window(windowed, steps, cache, runs):
+    """Fused as long as all tokens are within it, then the original on what the cache holds."""
+    dense, model = windowed
+    ids, mask = left_padded(2, sum(steps))
+    caches = [
+        {"own": None, "sliding": DynamicCache(config=m.config), "plain": DynamicCache()}[cache] for m in (dense, model)
+    ]
+    position = 0
+    for size in steps:
+        step, seen = ids[:, position : position + size], mask[:, : position + size]
+        out = [m(step, past_key_values=c, attention_mask=seen) for m, c in zip((dense, model), caches, strict=True)]
+        real = mask[:, position : position + size] == 1
+        close(out[1].logits[real], out[0].logits[real])
+        caches = [o.past_key_values for o in out]
+        position += size
+        assert caches[1].get_seq_length() == position
+        for ours, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+            assert ours.keys.shape == theirs.keys.shape
+            assert ours.get_mask_sizes(2) == theirs.get_mask_sizes(2)
+    sizes = [sum(steps[: i + 1]) <= 8 for i in range(len(steps))]
+    assert runs == {"fused": sum(sizes), "original": len(steps) - sum(sizes)}
+
+
+@torch.no_grad()
+def test_windows_that_no_token_leaves_are_generated_fused(runs):
+    torch.manual_seed(0)
+    dense = MistralForCausalLM(MistralConfig(**LLAMA_SIZES, head_dim=16)).eval()  # with its window of 4096
+    model = fuse_decoder_(copy.deepcopy(dense))
+    ids, mask = left_padded(2, 6)
+    for options in ({}, {"num_beams": 2}):
+        both = [m.generate(ids, attention_mask=mask, max_new_tokens=8, **options) for m in (dense, model)]
+        assert torch.equal(*both)
+    assert runs == {"fused": 16, "original": 0}
+
+
+@torch.no_grad()
+def test_generating_past_a_sliding_window(windowed, runs):
+    dense, model = windowed
+    ids = tokens(2, 4)
+    for options in ({}, {"num_beams": 2}):
+        assert torch.equal(*(m.generate(ids, max_new_tokens=8, **options) for m in (dense, model)))
+    assert runs == {"fused": 10, "original": 6}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
