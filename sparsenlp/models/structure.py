@@ -102,7 +102,7 @@ class LayerStack:
     modules      the list that holds them
     owner        the module in which that list is
     host         the outermost transformers model around it, None if there is none
-    config       the configuration of the innermost one
+    inner        the innermost one, whose configuration, `config`, is of these layers
     neurons      field of the configuration, "" without one
     free_heads   the configuration may have any number of heads
     obstacle     why heads cannot go, "" if they can
@@ -113,11 +113,15 @@ class LayerStack:
     layers: tuple[LayerParts, ...]
     owner: nn.Module
     host: Any = None
-    config: Any = None
     neurons: str = ""
     free_heads: bool = False
     obstacle: str = ""
     fused: bool = False
+    inner: Any = None
+
+    @property
+    def config(self) -> Any:
+        return None if self.inner is None else self.inner.config
 
 
 def layer_stack(model: nn.Module) -> LayerStack:
@@ -202,11 +206,12 @@ def keep_layers_(stack: LayerStack, kept: Sequence[int]) -> None:
 
 
 def own_config_(host: Any) -> Any:
-    """Give a transformers model a configuration of its own, which may then be changed; returns it."""
-    shared, own = host.config, copy.deepcopy(host.config)
+    """Give a transformers model a configuration of its own, with all its parts, to be changed; returns it."""
+    copies: dict[int, Any] = {}
+    own = copy.deepcopy(host.config, copies)
     for module in host.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
+        if (present := getattr(module, "config", None)) is not None:
+            module.config = copies.get(id(present), present)
     return own
 
 
@@ -220,7 +225,8 @@ def update_config_(model: nn.Module, kept_layers: Sequence[int] | None = None) -
     stack = layer_stack(model)
     if stack.host is None:
         return
-    config = own_config_(stack.host)
+    own_config_(stack.host)
+    config = stack.config
     config.num_hidden_layers = len(stack.layers)
     if kept_layers is not None and getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in kept_layers]
@@ -274,11 +280,11 @@ def _stacks(model: nn.Module) -> Iterator[LayerStack]:
     for name, module in model.named_modules():
         if any(_within(name, outer) for outer in found):
             continue
-        around = [host for outer, host in hosts if _within(name, outer)]
-        stack = _stack_at(name, module, around[0] if around else None)
+        around = [host for outer, host in hosts if _within(name, outer)] or [None]
+        stack = _stack_at(name, module, around[0])
         if stack is not None:
             found.append(name)
-            yield replace(stack, config=around[-1].config if around else None)
+            yield replace(stack, inner=around[-1])
 
 
 def _stack_at(name: str, module: Any, host: Any) -> LayerStack | None:
@@ -301,16 +307,7 @@ def _stack_at(name: str, module: Any, host: Any) -> LayerStack | None:
             layer_name = _join(name, path, str(number))
             layers.append(LayerParts(layer_name, layer, holder, (query, key, value), output, (fc1,), fc2, sizes))
         obstacle = f"{family.name} shares a position bias by head among its layers" if family.bias else ""
-        return LayerStack(
-            modules,
-            tuple(layers),
-            module,
-            host,
-            neurons=family.neurons,
-            free_heads=family.free_heads,
-            obstacle=obstacle,
-            fused=fused,
-        )
+        return LayerStack(modules, tuple(layers), module, host, family.neurons, family.free_heads, obstacle, fused)
     return _decoder_stack(name, module, host)
 
 
@@ -361,9 +358,7 @@ def _decoder_stack(name: str, module: Any, host: Any) -> LayerStack | None:
             )
         )
     fused = isinstance(module.__dict__.get("forward"), DecoderForward)
-    return LayerStack(
-        modules, tuple(layers), module, host, neurons=family.neurons, free_heads=family.free_heads, fused=fused
-    )
+    return LayerStack(modules, tuple(layers), module, host, family.neurons, family.free_heads, "", fused)
 
 
 def _lines_of(units: Tensor, size: int) -> Tensor:

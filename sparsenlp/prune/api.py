@@ -37,7 +37,7 @@ def prune_(
     criterion    "magnitude", "taylor", ...: a name in CRITERIA, or a Criterion
     scope        "local": the same sparsity in each layer; "row": in each row (of blocks) of each
                  layer; "global": one ranking for all, every layer keeps at least 1 %
-    filter_fn    (module, name) -> bool selects layers; by default all but heads, poolers and embeddings
+    filter_fn    (module, name) -> bool selects layers; by default all but heads, embeddings and routers, see `prunable`
     statistics   what the criterion needs to know of each selected layer, by name: a collector
                  such as GradientStatistics, or `fisher_from_adam`
     aggregation  of the scores in a unit: "sum", "l2" or "mean"; by default the criterion's

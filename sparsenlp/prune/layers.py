@@ -11,18 +11,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from ..layers.composite import named_layers
+from .selection import body, is_router, is_task_part
 
 if TYPE_CHECKING:
     from .patterns import Pattern
 
 FilterFn = Callable[[nn.Module, str], bool]
-
-TASK_PARTS = frozenset(
-    {"classifier", "pre_classifier", "score", "qa_outputs", "logits_proj", "summary", "sequence_summary"}
-    | {"classification_head", "head", "heads", "cls", "lm_head", "predictions", "generator_predictions"}
-    | {"discriminator_predictions", "pooler", "embeddings", "embeddings_project"}
-)
-"""Module names under which transformers keep task heads, poolers, language-model heads and embeddings."""
 
 
 class Mask(nn.Module):
@@ -61,7 +55,7 @@ def unparametrize(layer: nn.Linear, keep_zeros: bool) -> None:
 
 
 def default_filter(module: nn.Module, name: str) -> bool:
-    """Every nn.Linear, except under a module named in TASK_PARTS and the out_proj of nn.MultiheadAttention.
+    """Every nn.Linear, except under a module named in TASK_PARTS, routers, and the out_proj of nn.MultiheadAttention.
 
     Decided by the parts of the dotted name, so `classifier.dense` is left alone and
     `encoder.layer.0.output.dense` is not; nn.MultiheadAttention reads its out_proj's weight without
@@ -69,13 +63,15 @@ def default_filter(module: nn.Module, name: str) -> bool:
     """
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return TASK_PARTS.isdisjoint(name.split("."))
+    return not is_task_part(name) and not is_router(module, name)
 
 
 def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, nn.Linear]:
     """The linear layers that `filter_fn(module, name)` selects, by dotted name, in the model's order.
 
-    `filter_fn` defaults to `default_filter` and is asked about nn.Linear modules only. The matrices of an nn.LSTM or
+    `filter_fn` is asked about nn.Linear modules only. By default those are selected that `default_filter` accepts, that
+    no head of a transformers model holds (what is outside of its base model, and its output embeddings), and whose
+    weight no embedding or head shares. The matrices of an nn.LSTM or
     nn.GRU (`lstm.ih_l0`, `lstm.hh_l0`, ...) come as views: their weights and gradients are those of the model; the
     filters of an nn.Conv1d (`conv.filters`) as a copy. Before masks or hooks are put on them,
     `layers.composite.split_composites_` must make them part of the model, as `prune_` and the solvers do by
@@ -85,6 +81,8 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     if not linears:
         raise ValueError(f"prune: expected a model with nn.Linear layers, got none in {type(model).__name__}")
     chosen = {name: module for name, module in linears.items() if (filter_fn or default_filter)(module, name)}
+    if filter_fn is None:
+        chosen = body(model, chosen)
     if not chosen:
         shown = ", ".join(list(linears)[:3])
         hint = "; see models.decoders.conv1d_to_linear_" if any(map(_is_conv1d, model.modules())) else ""

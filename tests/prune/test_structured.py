@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from registry.tiny_configs import tiny_model
 from structured_cases import (
     FAMILIES,
     FREE_HEADS,
@@ -134,6 +135,20 @@ def test_uneven_layers_reload_through_our_checkpoint(family, save, tmp_path):
     if len(sizes(model)) > 1 or family not in FREE_HEADS:
         assert structure_of(model)
         assert "quantization_config" in transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+
+
+@pytest.mark.parametrize("neurons", [{0: [0, 1]}, {0: [0, 1], 1: [0, 1]}], ids=["uneven", "even"])
+def test_layers_inside_a_model_of_text_and_images(neurons, tmp_path):
+    """What the configuration says of the layers stands in a part of it, which other models do not share."""
+    model = tiny_model("LlavaForConditionalGeneration")
+    other = type(model)(model.config)
+    before = other.config.text_config.intermediate_size
+    remove_neurons_(model, neurons)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, **TOLERANCE)
+    assert other.config.text_config.intermediate_size == before
+    assert structure_of(model) == ({} if len(neurons) == 2 else {"neurons": [before - 2, before]})
 
 
 def test_our_checkpoint_is_saved_again_after_loading(tmp_path):
