@@ -382,7 +382,8 @@ def test_prune_at_once_warns(files, tmp_path):
     assert json.loads((tmp_path / "out" / "sparsenlp.json").read_text())["quality"] == {}
 
 
-def test_prune_resumes_after_ctrl_c(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_prune_resumes_after_ctrl_c(files, tmp_path, monkeypatch, number, code):
     import sparsenlp.train
 
     whole = sparsenlp.train.recover
@@ -390,7 +391,7 @@ def test_prune_resumes_after_ctrl_c(files, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         def stop(step):
             if step.step == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
         return whole(*arguments, **options, on_step=stop)
 
@@ -398,7 +399,7 @@ def test_prune_resumes_after_ctrl_c(files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sparsenlp.train, "recover", interrupted)
         result = prune(files, tmp_path / "out", "model", *options)
-    assert result.exit_code == 130
+    assert result.exit_code == code
     last = result.stderr.strip().splitlines()[-1]
     assert last == "sparsenlp: stopped; run the same command again to go on from there"
     assert os.listdir(tmp_path / "out") == ["work"]

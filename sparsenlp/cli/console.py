@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+from ..interrupt import Terminated, terminable
+
+BAD_INPUT, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 TABLE_WIDTH = 160
 """Characters that a table may take where the output is no terminal."""
 
@@ -33,7 +35,7 @@ _EXPECTED_ERRORS = (*_BAD_INPUT_ERRORS, OSError, RuntimeError, FloatingPointErro
 
 
 class CommandLine(TyperGroup):
-    """Ends with one line on standard error: exit code 2 for bad input, 1 for a failure, 130 for Ctrl-C."""
+    """Ends with one line on standard error; exit code 2: bad input, 1: a failure, 130: Ctrl-C, 143: SIGTERM."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         wants_help = not args
@@ -46,13 +48,13 @@ class CommandLine(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with warnings_as_notes():
+            with terminable(), warnings_as_notes():
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt as error:
             _print_line(str(error) or "stopped")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from None
         except Exception as error:
             if ctx.params.get("traceback") and not _is_usage_error(error):
                 raise
@@ -61,11 +63,11 @@ class CommandLine(TyperGroup):
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Ctrl-C within the `with` block tells how to go on."""
+    """Ctrl-C or SIGTERM within the `with` block tells how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; run the same command again to go on from there") from None
+    except KeyboardInterrupt as error:
+        raise type(error)("stopped; run the same command again to go on from there") from None
 
 
 @contextmanager

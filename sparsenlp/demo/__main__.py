@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..interrupt import Terminated, terminable
 from .children import do_stages
 
 
@@ -24,9 +25,10 @@ def main(arguments: list[str]) -> int:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that nobody else writes among the events
         torch.set_num_threads(int(threads))
         try:
-            do_stages(Path(directory), names, lambda event: print(json.dumps(event), file=events, flush=True))
-        except KeyboardInterrupt:
-            return 130
+            with terminable():
+                do_stages(Path(directory), names, lambda event: print(json.dumps(event), file=events, flush=True))
+        except KeyboardInterrupt as error:
+            return 143 if isinstance(error, Terminated) else 130
         except Exception as error:
             traceback.print_exc()
             print(" ".join((str(error) or type(error).__name__).split()), file=sys.stderr)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data import TokenizedDataset
 from .config import FinetuneConfig, TrainingConfig
 from .forward import check_classes, device_of, forward
-from .loop import OnStep, StateFile, TrainingLog, run
+from .loop import SAVE_SECONDS, OnStep, StateFile, TrainingLog, run
 from .state import check_state, identity_of
 
 
@@ -20,15 +20,16 @@ def finetune(
     data: TokenizedDataset,
     config: FinetuneConfig | None = None,
     state_path: str | Path | None = None,
-    save_every: int = 200,
+    save_every: int | None = None,
     quiet: bool = False,
     on_step: OnStep | None = None,
     validation: TokenizedDataset | None = None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> TrainingLog:
     """Train a transformers sequence classifier on labels, in place.
 
-    state_path  file to resume from if it exists; written every `save_every` steps, at the end and on
-                Ctrl-C. The caller deletes it when the result is safe.
+    state_path  file to resume from if it exists; written every `save_seconds`, every `save_every` steps where
+                that is said, at the end, and on Ctrl-C or SIGTERM. The caller deletes it when the result is safe.
     on_step     called after each step
     validation  other texts: the model is evaluated on them every config.evaluate_every steps, ends as the
                 best that it was, and stops early if config.patience says so
@@ -42,7 +43,7 @@ def finetune(
     config = config or FinetuneConfig()
     check_classes(model, data)
     check_validation(model, validation)
-    state_file = open_state(state_path, save_every, config, data, model, validation)
+    state_file = open_state(state_path, (save_every, save_seconds), config, data, model, validation)
     return run(model, data, LabelTask(model, data, config), config, state_file, quiet, on_step, validation)
 
 
@@ -54,20 +55,26 @@ def check_validation(model: nn.Module, validation: TokenizedDataset | None) -> N
 
 def open_state(
     path: str | Path | None,
-    every: int,
+    due: tuple[int | None, float],
     config: object,
     data: TokenizedDataset,
     model: nn.Module,
     validation: TokenizedDataset | None,
 ) -> StateFile | None:
-    """The state file of a run, checked if it exists; None without a path. Raises ValueError as `read_state`."""
+    """The state file of a run, checked if it exists; None without a path. Raises ValueError as `read_state`.
+
+    due  the number of steps (or None) and of seconds after which it is written again
+    """
     if path is None:
         return None
-    if every < 1:
+    every, seconds = due
+    if every is not None and every < 1:
         raise ValueError(f"save_every: expected at least 1, got {every}")
+    if not seconds >= 0:
+        raise ValueError(f"save_seconds: expected at least 0, got {seconds}")
     identity = identity_of((config, validation and validation.fingerprint()), data, model)
     check_state(Path(path), identity)
-    return StateFile(Path(path), identity, every)
+    return StateFile(Path(path), identity, every, seconds)
 
 
 class LabelTask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,17 @@ from .config import RecoveryConfig
 from .distill import Teacher
 from .gradual import add_masks_
 from .recover import recover
-from .state import SavedState, check_state, identity_of, model_tensors, read_state, restore_model, write_state
+from .state import (
+    MODEL,
+    SavedState,
+    check_state,
+    check_tensors,
+    identity_of,
+    model_tensors,
+    read_state,
+    restore_model,
+    write_state,
+)
 
 Metric = Callable[[nn.Module], float]
 
@@ -194,7 +204,10 @@ def _record(dense: float, rounds: Sequence[Round]) -> dict[str, Tensor]:
 
 
 def _history(saved: SavedState) -> tuple[float, list[Round]]:
-    """(dense metric, rounds)"""
+    """(dense metric, rounds). Raises ValueError for a state that is not one of rounds."""
+    none = torch.empty(saved.step, len(fields(Round)), dtype=torch.float64, device="meta")
+    expected = {_DENSE: none.new_empty(()), _ROUNDS: none}
+    check_tensors(expected, {name: t for name, t in saved.tensors.items() if not name.startswith(MODEL)})
     rows = saved.tensors[_ROUNDS].tolist()
     rounds = [Round(sparsity, metric, seconds, bool(kept)) for sparsity, metric, seconds, kept in rows]
     return saved.tensors[_DENSE].item(), rounds

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset, shuffled_batches
+from ..interrupt import InterruptRequest
 from ..modes import mode
 from .config import TrainingConfig
 from .distributed import Processes, current_processes
 from .forward import device_of, frozen_embeddings, plain_attention
-from .interrupt import InterruptRequest
 from .progress import progress_bar
 from .sparse_steps import sparse_steps
 from .state import (
+    MODEL,
+    OPTIMIZER,
     SavedState,
+    check_tensors,
     model_tensors,
     optimizer_tensors,
     random_tensors,
@@ -34,8 +37,14 @@ from .state import (
 )
 from .validation import Evaluation, Validation
 
+SAVE_SECONDS = 60.0
+"""How long a run that is killed may have to repeat."""
+PAUSES = 20
+"""So much longer than it takes to write the state is the time between two such writes."""
+
 _TASK = "task."
 _VALIDATION = "validation."
+_PREFIXES = (_TASK, _VALIDATION, MODEL, OPTIMIZER)
 
 
 @dataclass(frozen=True)
@@ -104,11 +113,16 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StateFile:
-    """Where the state is resumed from, and written every `every` steps, at the end and on Ctrl-C."""
+    """Where the state is resumed from, and written in between, at the end, on Ctrl-C and on SIGTERM.
+
+    every    steps; None: no number of them makes it due
+    seconds  since it was last written, but at least PAUSES times what writing it takes
+    """
 
     path: Path
     identity: str
-    every: int
+    every: int | None = None
+    seconds: float = SAVE_SECONDS
 
 
 def total_steps(data: TokenizedDataset, config: TrainingConfig) -> int:
@@ -136,8 +150,8 @@ def run(
     dropout. The first one writes the state, which all must be able to read.
 
     Raises FloatingPointError for a loss or a gradient that is not finite. The model and the state file
-    are then as before that step, or the model as the best it was. Raises KeyboardInterrupt on Ctrl-C,
-    once the step under way is done and the state written.
+    are then as before that step, or the model as the best it was. Raises KeyboardInterrupt on Ctrl-C, and its
+    subclass Terminated on SIGTERM, once the step under way is done and the state written.
     """
     processes = current_processes()
     total = total_steps(data, config)
@@ -168,12 +182,12 @@ def run(
                 advance(f"loss {loss:.3f}  {task.note()}")
                 if on_step is not None:
                     on_step(StepInfo(step + 1, total, loss, task.note()))
-                stop = processes.any(interrupt.pending)
+                stop = processes.any(interrupt.pending is not None)
                 last = step + 1 == total or state.stopped_early
-                if stop or last or (state_file is not None and (step + 1) % state_file.every == 0):
+                if stop or last or state.is_due:
                     state.save()
                 if stop:
-                    raise KeyboardInterrupt(_stopped(task, step + 1, total, state_file))
+                    raise (interrupt.pending or KeyboardInterrupt)(_stopped(task, step + 1, total, state_file))
                 if last:
                     break
         if best is not None:
@@ -262,6 +276,15 @@ class _Run:
         self.model, self.task, self.optimizer, self.file = model, task, optimizer, file
         self.best, self.processes = best, processes
         self.losses: list[float] = []
+        self.written, self.writing = time.monotonic(), 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write the state."""
+        if self.file is None:
+            return False
+        by_steps = self.file.every is not None and len(self.losses) % self.file.every == 0
+        return by_steps or time.monotonic() - self.written >= max(self.file.seconds, PAUSES * self.writing)
 
     @property
     def stopped_early(self) -> bool:
@@ -271,6 +294,7 @@ class _Run:
         """Write the state, where there is a file and this is the first process."""
         if self.file is None or self.processes.rank > 0:
             return
+        began = time.monotonic()
         parts = {_TASK: self.task.state_dict(), _VALIDATION: self.best.state_dict() if self.best is not None else {}}
         tensors = {
             **model_tensors(self.model),
@@ -280,17 +304,24 @@ class _Run:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
         }
         write_state(self.file.path, self.file.identity, SavedState(len(self.losses), tensors))
+        self.written = time.monotonic()
+        self.writing = self.written - began
 
     def restore(self) -> bool:
         """Bring everything to where the saved run stopped; False if there is no saved state."""
         saved = read_state(self.file.path, self.file.identity) if self.file is not None else None
         if saved is None:
             return False
-        restore_model(self.model, saved.tensors)
-        restore_optimizer(self.optimizer, saved)
-        self.task.load_state_dict(saved.part(_TASK))
+        random = random_tensors(device_of(self.model)) | {
+            "losses": torch.empty(saved.step, dtype=torch.float64, device="meta")
+        }
+        check_tensors(random, {name: t for name, t in saved.tensors.items() if not name.startswith(_PREFIXES)})
+        check_tensors(self.task.state_dict(), saved.part(_TASK))
         if self.best is not None:
             self.best.load_state_dict(saved.part(_VALIDATION))
+        restore_optimizer(self.optimizer, saved)
+        restore_model(self.model, saved.tensors)
+        self.task.load_state_dict(saved.part(_TASK))
         restore_random(device_of(self.model), saved.tensors)
         self.losses = saved.tensors["losses"].tolist()
         return True

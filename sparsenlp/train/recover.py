@@ -20,7 +20,7 @@ from .finetune import check_validation, open_state
 from .forward import check_classes, device_of, forward
 from .gradual import GradualPruner
 from .int8 import is_rounded, start_rounding, stop_rounding
-from .loop import OnStep, TrainingLog, run, total_steps
+from .loop import SAVE_SECONDS, OnStep, TrainingLog, run, total_steps
 from .relations import last_projections, recorded, relation_loss
 
 _ROUNDED = "rounded"
@@ -34,10 +34,11 @@ def recover(
     config: RecoveryConfig | None = None,
     filter_fn: FilterFn | None = None,
     state_path: str | Path | None = None,
-    save_every: int = 200,
+    save_every: int | None = None,
     quiet: bool = False,
     on_step: OnStep | None = None,
     validation: TokenizedDataset | None = None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> TrainingLog:
     """Prune a fine-tuned transformers sequence classifier to config.sparsity while training it, in place.
 
@@ -48,7 +49,7 @@ def recover(
     data        some texts may be UNLABELLED: on these, and those that config.spliced adds, the model only
                 imitates the teacher
     filter_fn   which layers are pruned, as in `prune_`
-    state_path, save_every, on_step, validation   as in `finetune`; only states that have all their
+    state_path, save_every, save_seconds, on_step, validation   as in `finetune`; only states that have all their
                 zeros count as best
 
     In a process group (torchrun and init_process_group("gloo")) the processes share the work, as `loop.run` says.
@@ -63,7 +64,7 @@ def recover(
     data = training_texts(data, config)
     check_validation(model, validation)
     _check_teacher(model, teacher, data, config)
-    state_file = open_state(state_path, save_every, (config, tuple(layers)), data, model, validation)
+    state_file = open_state(state_path, (save_every, save_seconds), (config, tuple(layers)), data, model, validation)
     if isinstance(teacher, nn.Module):
         hidden, relations = config.hidden_weight > 0, config.relation_weight > 0
         teacher = make_teacher(teacher, data, hidden, config.cache_gib, config.bf16, quiet, relations)

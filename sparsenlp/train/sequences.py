@@ -19,7 +19,7 @@ from .distill import soft_target_loss
 from .finetune import LabelTask, open_state
 from .forward import device_of, forward
 from .gradual import GradualPruner
-from .loop import OnStep, TrainingLog, run, total_steps
+from .loop import SAVE_SECONDS, OnStep, TrainingLog, run, total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,10 @@ def train_sequences(
     data: TokenizedDataset,
     config: FinetuneConfig | None = None,
     state_path: str | Path | None = None,
-    save_every: int = 200,
+    save_every: int | None = None,
     quiet: bool = False,
     on_step: OnStep | None = None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> TrainingLog:
     """Train a causal language model or an encoder-decoder of transformers on tokens, in place.
 
@@ -65,7 +66,7 @@ def train_sequences(
     """
     config = config or FinetuneConfig()
     _check(data)
-    state_file = open_state(state_path, save_every, config, data, model, None)
+    state_file = open_state(state_path, (save_every, save_seconds), config, data, model, None)
     return run(model, data, _TokenTask(model, data, config), config, state_file, quiet, on_step)
 
 
@@ -76,9 +77,10 @@ def recover_sequences(
     config: SequenceRecoveryConfig | None = None,
     filter_fn: FilterFn | None = None,
     state_path: str | Path | None = None,
-    save_every: int = 200,
+    save_every: int | None = None,
     quiet: bool = False,
     on_step: OnStep | None = None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> TrainingLog:
     """Prune such a model to config.sparsity while it learns from the dense one, in place; it ends masked.
 
@@ -90,7 +92,7 @@ def recover_sequences(
     _check(data)
     _check_logits(model, teacher, data)
     layers = tuple(prunable(model, filter_fn))
-    state_file = open_state(state_path, save_every, (config, layers), data, model, None)
+    state_file = open_state(state_path, (save_every, save_seconds), (config, layers), data, model, None)
     pruner = GradualPruner(model, config, total_steps(data, config), filter_fn)
     return run(
         model, data, _TokenRecoveryTask(model, teacher, data, config, pruner), config, state_file, quiet, on_step

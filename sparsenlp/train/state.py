@@ -1,10 +1,15 @@
-"""Everything a stopped run needs to go on, in one safetensors file written atomically."""
+"""Everything a stopped run needs to go on, in one safetensors file written atomically.
+
+What is read is never trusted: the file has a checksum over all its tensors, and each must have the name, shape and
+dtype that this run would write.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data import TokenizedDataset
+from ..files import open_regular
 
-FORMAT_VERSION = 1
-_OPTIMIZER = "optimizer."
-_MODEL = "model."
+FORMAT_VERSION = 2
+_ANEW = "remove the file to start anew"
+OPTIMIZER = "optimizer."
+MODEL = "model."
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ def identity_of(config: object, data: TokenizedDataset, model: nn.Module) -> str
 
 def write_state(path: Path, identity: str, state: SavedState) -> None:
     """Replace `path` in one rename, after all is on disk; if that fails the earlier file stays. Raises OSError."""
-    header = {"version": FORMAT_VERSION, "identity": identity, "step": state.step}
+    header = {"version": FORMAT_VERSION, "identity": identity, "step": state.step, "crc32": _checksum(state)}
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +66,8 @@ def write_state(path: Path, identity: str, state: SavedState) -> None:
 
 
 def check_state(path: Path, identity: str) -> None:
-    """Raise ValueError as `read_state` does, from the header alone; a file that is not there is well."""
-    if path.exists():
-        with _opened(path, identity):
-            pass
+    """Raise ValueError as `read_state` does; a file that is not there is well."""
+    read_state(path, identity)
 
 
 def read_state(path: Path, identity: str) -> SavedState | None:
@@ -73,56 +78,108 @@ def read_state(path: Path, identity: str) -> SavedState | None:
     """
     if not path.exists():
         return None
-    with _opened(path, identity) as (step, file):
-        return SavedState(step, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+    with _opened(path, identity) as (header, file):
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    state = SavedState(header["step"], tensors)
+    if header["crc32"] != _checksum(state):
+        raise ValueError(f"training state: expected the tensors that were written to {path}, got others; {_ANEW}")
+    return state
+
+
+def _checksum(state: SavedState) -> int:
+    """Over the step and the name, dtype, shape and bytes of each tensor."""
+    crc = zlib.crc32(str(state.step).encode())
+    for name, tensor in sorted(state.tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
 
 
 @contextmanager
-def _opened(path: Path, identity: str) -> Iterator[tuple[int, Any]]:
-    """(step, open safetensors file) after all that `read_state` checks."""
+def _opened(path: Path, identity: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(header, open safetensors file) after all that the header tells."""
     try:
-        opened = safe_open(path, framework="pt")
+        with open_regular(path, None, "rb"):
+            opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"training state: expected a whole safetensors file, got {path}: {error}") from None
+        raise ValueError(f"training state: expected a whole safetensors file, got {path}: {error}; {_ANEW}") from None
     with opened as file:
-        header = json.loads((file.metadata() or {}).get("sparsenlp", "{}"))
-        if header.get("version") != FORMAT_VERSION:
-            raise ValueError(f"training state: expected format {FORMAT_VERSION} in {path}, got {header.get('version')}")
+        header = _header((file.metadata() or {}).get("sparsenlp", "{}"))
+        version = header.get("version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"training state: expected format {FORMAT_VERSION} in {path}, got {version!r:.40}; {_ANEW}"
+            )
+        if {name: type(value) for name, value in header.items()} != _HEADER or not 0 <= header["step"] < 2**31:
+            raise ValueError(f"training state: expected a header with {', '.join(_HEADER)} in {path}; {_ANEW}")
         if header["identity"] != identity:
             raise ValueError(
-                f"training state: expected a run with this config, data and model, got another in {path}; "
-                "remove the file to start anew"
+                f"training state: expected a run with this config, data and model, got another in {path}; {_ANEW}"
             )
-        yield int(header["step"]), file
+        yield header, file
+
+
+_HEADER = {"version": int, "identity": str, "step": int, "crc32": int}
+
+
+def _header(text: str) -> dict[str, Any]:
+    """Of a file's metadata; empty if it is not one."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `found` has these tensors and no others, of their shapes and dtypes."""
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, got = (
+            f"{tuple(each[name].shape)} of {each[name].dtype}" if name in each else "none" for each in (expected, found)
+        )
+        if wanted != got:
+            raise ValueError(f"training state: expected {name} {wanted}, got {got}; {_ANEW}")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each shared one once."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {_MODEL + name: tensor.detach().contiguous() for name, tensor in named.items()}
+    return {MODEL + name: tensor.detach().contiguous() for name, tensor in named.items()}
 
 
 @torch.no_grad()
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `model_tensors`, perhaps among others, into a model of the same structure."""
+    """Copy `model_tensors`, perhaps among others, into a model of the same structure.
+
+    Raises ValueError, with the model untouched, for those of another one.
+    """
+    check_tensors(model_tensors(model), {name: t for name, t in tensors.items() if name.startswith(MODEL)})
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
-        tensor.copy_(tensors[_MODEL + name])
+        tensor.copy_(tensors[MODEL + name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter index and key."""
     return {
-        f"{_OPTIMIZER}{index}.{key}": value.contiguous()
+        f"{OPTIMIZER}{index}.{key}": value.contiguous()
         for index, entries in optimizer.state_dict()["state"].items()
         for key, value in entries.items()
     }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: SavedState) -> None:
+    """Raises ValueError, with the optimizer untouched, for a state that is not AdamW's for these parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = state.part(OPTIMIZER)
+    indices = {name.partition(".")[0] for name in found}
     entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in state.part(_OPTIMIZER).items():
-        index, key = name.split(".")
-        entries.setdefault(int(index), {})[key] = tensor
+    expected = {}
+    for index, parameter in enumerate(parameters):
+        if str(index) in indices:
+            moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.tensor(0.0)}
+            expected.update({f"{index}.{key}": tensor for key, tensor in moments.items()})
+            entries[index] = {key: found[f"{index}.{key}"] for key in moments if f"{index}.{key}" in found}
+    check_tensors(expected, found)
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data import TokenizedDataset
 from .config import TrainingConfig
 from .evaluate import accuracy, predict
-from .state import model_tensors, restore_model
+from .state import check_tensors, model_tensors, restore_model
 
 _BEST = "best."
 
@@ -76,7 +76,13 @@ class Validation:
         return {"evaluations": evaluations} | {_BEST + name: tensor for name, tensor in self.kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        rows = state["evaluations"].tolist()
+        """Raises ValueError for the state of another model."""
+        evaluations = state.get("evaluations")
+        if evaluations is None or evaluations.shape[1:] != (3,) or not bool(evaluations.isfinite().all()):
+            raise ValueError("training state: expected evaluations of a step, an accuracy and a loss, got others")
+        rows = evaluations.tolist()
         self.evaluations = [Evaluation(int(step), accuracy, loss) for step, accuracy, loss in rows]
         kept = {name.removeprefix(_BEST): tensor for name, tensor in state.items() if name.startswith(_BEST)}
+        if kept:
+            check_tensors(model_tensors(self.model), kept)
         self.kept = {name: kept[name].to(tensor.device) for name, tensor in model_tensors(self.model).items() if kept}
