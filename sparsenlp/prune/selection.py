@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.composite import is_composite
 from ..models import is_transformers_model
 
 TASK_PARTS = frozenset(
@@ -62,8 +63,8 @@ def _head(model: Any) -> Iterator[nn.Module]:
 
 
 def _parameters_beside(model: nn.Module, layers: set[nn.Linear]) -> Iterator[Tensor]:
-    """Parameters that modules other than these layers, and what is inside of these, hold."""
+    """Parameters that modules other than these layers hold; not what is inside of these, nor what they are views of."""
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
-        if module not in inside:
+        if module not in inside and not is_composite(module):
             yield from (p for p in module._parameters.values() if p is not None)
