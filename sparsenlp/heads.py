@@ -92,6 +92,11 @@ def check_head(config: Any) -> None:
     if (architecture or kind != UNKNOWN) and kind != CLASSES and kind not in STARTS:
         of = f"{architecture}, which is for {kind}" if architecture else f"a model for {kind}"
         raise ValueError(f"model: expected one class per text, got {of}; {SERVED}")
+    if getattr(config, "summary_type", None) == "last":
+        raise ValueError(
+            f"model: expected a head that finds a text's last token, got {architecture or 'a model'} with summary_type "
+            "last, which reads the padding of shorter texts; choose first or mean in config.json, and fine-tune"
+        )
 
 
 def choose_head(config: Any, labels: Sequence[str], retrain: bool = False) -> Head:

@@ -109,6 +109,15 @@ def test_other_problems_are_refused(settings, kind):
         heads.choose_head(model, ["a", "b"])
 
 
+def test_a_head_that_reads_the_padding_is_refused():
+    model = config("a", "b", architecture="XLNetForSequenceClassification")
+    model.summary_type = "last"
+    with pytest.raises(ValueError, match="got XLNetForSequenceClassification with summary_type last, which reads the"):
+        heads.choose_head(model, ["a", "b"])
+    model.summary_type = "first"
+    assert heads.choose_head(model, ["a", "b"]).trained
+
+
 def test_a_head_that_is_dropped_is_named():
     for name in ("BertForMaskedLM", "GPT2LMHeadModel", "ElectraForPreTraining"):
         head = heads.choose_head(config("LABEL_0", "LABEL_1", architecture=name), ["a", "b"])

@@ -53,7 +53,8 @@ def prune(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Dense sequence classifier, encoder or model of `train`: directory or hub id. Left out with --recipe.",
+            help="Dense model, directory or hub id: a sequence classifier, an encoder or language model to make one "
+            "of, or a model of `train`; without --data any model of transformers. Left out with --recipe.",
             show_default=False,
         ),
     ] = None,
@@ -139,8 +140,9 @@ def prune(
     A model without a trained head, or with other classes than the data, is fine-tuned first. Then
     weights are removed little by little while the dense model teaches what remains. At the end every
     layer becomes sparse where that is faster on this machine. After Ctrl-C the same
-    command goes on where it stopped. Without --data the weights are removed at once and accuracy is
-    not recovered. Models of `sparsenlp train` have defaults of their own: 80 % zeros, a learning rate of 2e-3.
+    command goes on where it stopped. Without --data the weights are removed at once, whatever the model is
+    for, and accuracy is not recovered. Models of `sparsenlp train` have defaults of their own: 80 % zeros, a learning
+    rate of 2e-3.
 
     \b
     sparsenlp prune bert-base-uncased out --data train.csv --test test.csv

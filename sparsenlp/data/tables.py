@@ -125,7 +125,7 @@ def _json_rows(file: Any, path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        row = json.loads(text, object_pairs_hook=_once, parse_float=str, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"load_table: malformed JSON in {where}: {why}") from None
