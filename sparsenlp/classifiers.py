@@ -91,7 +91,7 @@ def load_model(name: str, label_names: Sequence[str] | None = None, trained: boo
     with _loading(name):
         if is_sparse_checkpoint(name):
             return from_pretrained(name)
-        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if label_names is None:
             loader = named_class(load_config(name))
         else:
@@ -99,7 +99,6 @@ def load_model(name: str, label_names: Sequence[str] | None = None, trained: boo
 
             id2label = dict(enumerate(label_names))
             options |= {"id2label": id2label, "label2id": {n: i for i, n in id2label.items()}}
-            options["ignore_mismatched_sizes"] = True
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             model, info = loader.from_pretrained(name, **options)
@@ -118,7 +117,8 @@ def _check_weights(model: Any, info: Mapping[str, Any], new_head: bool) -> None:
     lacking = {key for key in absent if not new_head or (key.startswith(inside) and "pooler" not in key.split("."))}
     if lacking:
         raise ValueError(
-            f"expected all weights of {type(model).__name__}, got none for {_some(lacking)}, which would be random"
+            f"expected all weights of {type(model).__name__}, got none of the right shape for {_some(lacking)}, which "
+            "would be random"
         )
 
 

@@ -52,8 +52,14 @@ class Head:
 
 
 def label_names_of(config: Any) -> list[str]:
-    """Class names of a transformers config, in the order of the outputs."""
-    return [str(config.id2label[i]) for i in range(len(config.id2label))]
+    """Class names of a transformers config, in the order of the outputs.
+
+    Raises ValueError for gaps in their numbers.
+    """
+    names = config.id2label
+    if sorted(names) != [*range(len(names))]:
+        raise ValueError(f"id2label: expected classes numbered from 0 to {len(names) - 1}, got {sorted(names)}")
+    return [str(names[i]) for i in range(len(names))]
 
 
 def named_class(config: Any) -> Any:

@@ -116,15 +116,24 @@ def test_a_head_that_the_files_lack_is_not_judged(tmp_path):
     forget(directory, "classifier.")
     names = ["bad", "good"]
     for options in ({}, {"label_names": names, "trained": True}):
-        with pytest.raises(ValueError, match=r"expected all weights .* none for classifier.bias, class"):
+        with pytest.raises(ValueError, match=r"expected all weights .* for classifier.bias, classifier.weight, w"):
             c.load_model(str(directory), **options)
     assert c.load_model(str(directory), names).config.num_labels == 2
+
+
+def test_a_head_of_another_size_is_not_judged(tmp_path):
+    directory = save_tiny_bert(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    three = {"id2label": {str(i): f"LABEL_{i}" for i in range(3)}, "label2id": {f"LABEL_{i}": i for i in range(3)}}
+    (directory / "config.json").write_text(json.dumps(config | three))
+    with pytest.raises(ValueError, match=r"got none of the right shape for classifier.bias, classifier.weight"):
+        c.load_model(str(directory))
 
 
 def test_an_encoder_that_the_files_lack_is_no_start(tmp_path):
     directory = save_tiny_bert(tmp_path, head=False)
     forget(directory, "layer.1.")
-    with pytest.raises(ValueError, match=r"none for bert.encoder.layer.1.* and 13 more, which would be random"):
+    with pytest.raises(ValueError, match=r" for bert.encoder.layer.1.* and 13 more, which would be random"):
         c.load_model(str(directory), ["bad", "good"])
 
 

@@ -45,7 +45,7 @@ def numbers(*values):
 def test_numbers_are_those_of_the_outputs(labels, retrain):
     head = heads.choose_head(config(*TWELVE), labels, retrain)
     assert (head.names, head.trained) == (TWELVE, not retrain)
-    assert bool(head.remarks) == (labels[0] != "LABEL_3" or "label_4" in labels)
+    assert ("taken for those of its outputs" in head.remarks) == (labels[0] != "LABEL_3")
 
 
 def test_case_alone_does_not_make_another_class():
@@ -133,3 +133,8 @@ def test_a_class_that_is_not_there(names):
     pytest.importorskip("transformers", reason="the classes are those of transformers")
     with pytest.raises(ValueError, match="architectures: expected one model class of transformers or sparsenlp"):
         heads.named_class(SimpleNamespace(architectures=names))
+
+
+def test_numbers_of_classes_have_no_gaps():
+    with pytest.raises(ValueError, match=r"id2label: expected classes numbered from 0 to 1, got \[1, 2\]"):
+        heads.label_names_of(SimpleNamespace(id2label={1: "a", 2: "b"}))

@@ -80,9 +80,9 @@ def match_labels(labels: Sequence[str], names: Sequence[str]) -> Matched:
     """Find each label among the names of classes.
 
     A label is a class if it has its name; else if both spell the same number; else if nothing but upper and lower
-    case differs, where that leaves one class alone. Among LABEL_0, LABEL_1, ... a number is that of an output.
+    case differs; each where that leaves one class alone. Among LABEL_0, LABEL_1, ... a number is that of an output.
     """
-    exact = {name: place for place, name in enumerate(names)}
+    exact = _unique((name, place) for place, name in enumerate(names))
     generic = is_generic(names)
     numbers = _unique((Decimal(i) if generic else number_of(name), i) for i, name in enumerate(names))
     folded = _unique((name.casefold(), i) for i, name in enumerate(names))
@@ -98,11 +98,10 @@ def match_labels(labels: Sequence[str], names: Sequence[str]) -> Matched:
         places.append(place)
     remarks = []
     if as_outputs:
-        there = len({place for place in places if place is not None})
-        some = f", of which the data has {there} of {len(names)}" if there < len(names) else ""
-        remarks.append(
-            f"the model's classes have no names; numbers in the data are taken for those of its outputs{some}"
-        )
+        remarks.append("the model's classes have no names; numbers in the data are taken for those of its outputs")
+    there = {place for place in places if place is not None}
+    if len(there) < len(names) and None not in places:
+        remarks.append(f"the data has {len(there)} of the {len(names)} classes")
     if unlike:
         remarks.append(f"labels are compared without regard to case: {', '.join(unlike)}")
     return Matched(places, "; ".join(remarks))
@@ -111,7 +110,8 @@ def match_labels(labels: Sequence[str], names: Sequence[str]) -> Matched:
 def encode_labels(labels: Sequence[str], label_names: Sequence[str]) -> list[int]:
     """Index of each label in `label_names`, compared as in `match_labels`.
 
-    Warns where case differs or numbers stand for unnamed classes. Raises ValueError for a label that is not there.
+    Warns where case differs, numbers stand for unnamed classes, or a class has no label. Raises ValueError for a label
+    that is not there.
     """
     different = [*dict.fromkeys(labels)]
     matched = match_labels(different, label_names)

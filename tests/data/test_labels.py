@@ -72,6 +72,7 @@ def test_a_few_fractions_may_be_classes():
         (["POS"], ["Pos", "POS"], [1]),
         (["1"], ["01", "1.0"], [None]),
         (["1"], ["01", "1"], [1]),
+        (["a", "b"], ["a", "b", "a"], [None, 1]),
         (["0", "1"], ["NEGATIVE", "POSITIVE"], [None, None]),
     ],
 )
@@ -85,7 +86,7 @@ def test_what_is_assumed_is_said():
         assert encode_labels(["2", "0.0", "b"], ["0", "b", "2"]) == [2, 0, 1]
     with pytest.warns(UserWarning, match="without regard to case: positive is POSITIVE"):
         assert encode_labels(["positive", "NEGATIVE"], ["NEGATIVE", "POSITIVE"]) == [1, 0]
-    with pytest.warns(UserWarning, match="taken for those of its outputs, of which the data has 2 of 12"):
+    with pytest.warns(UserWarning, match="taken for those of its outputs; the data has 2 of the 12 classes"):
         assert encode_labels(["3", "11"], UNNAMED) == [3, 11]
 
 
