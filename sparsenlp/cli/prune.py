@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -262,7 +263,7 @@ def _report(job: Job, outcome: Outcome) -> None:
         print_table(quality_cells(outcome.qualities), quality_title(outcome.qualities["dense"]))
     sizes = report(outcome.model)
     if outcome.plan is not None:
-        _report_plan(outcome.plan, job.recipe)
+        _report_plan(outcome.plan, outcome.pruned)
     if outcome.speedup is not None:
         say(f"{outcome.speedup:.2f} times as fast as the dense model, for {job.recipe.target}")
     say(f"memory: {sizes.dense_bytes / 1e6:.1f} MB dense, {sizes.stored_bytes / 1e6:.1f} MB now")
@@ -272,13 +273,10 @@ def _report(job: Job, outcome: Outcome) -> None:
         say(f"dense model: {outcome.dense}")
 
 
-def _report_plan(plan: Plan, recipe: Recipe) -> None:
-    """How many zeros the pruned layers have; a head may have a few, too, as of a padding token, but is none of them."""
-    from ..prune.layers import TASK_PARTS
-
-    named = {*(recipe.prune.layers or ()), *(recipe.prune.layer_targets or ())}
-    rows = [row for row in plan.layers if row.sparsity > 0]
-    rows = [row for row in rows if row.name in named or TASK_PARTS.isdisjoint(row.name.split("."))]
+def _report_plan(plan: Plan, pruned: Sequence[str]) -> None:
+    """How many zeros the pruned layers have; other layers may have a few, too, such as those of a padding token."""
+    names = {*pruned, *(name.rpartition(".")[0] for name in pruned)}  # a matrix is part of a recurrent layer
+    rows = [row for row in plan.layers if row.sparsity > 0 and row.name in names]
     zeros = sum(row.sparsity * row.weights for row in rows) / sum(row.weights for row in rows)
     say(f"{zeros:.1%} of the weights of {len(rows)} pruned layers are zero; {len(plan.converted)} of them are sparse")
     if not plan.converted:

@@ -73,6 +73,7 @@ class Job:
 class Outcome:
     """qualities   "dense" and "sparse" on the test texts; empty without data
     plan        what became sparse; None where only structures went, and the model stays dense
+    pruned      names of the layers that were pruned
     removals    of whole structures
     layer_targets   chosen for a target of time
     speedup     measured on the final model, where the target is a time
@@ -83,6 +84,7 @@ class Outcome:
     model: nn.Module
     plan: Plan | None
     qualities: Mapping[str, Judgement]
+    pruned: tuple[str, ...] = ()
     removals: tuple[Removal, ...] = ()
     layer_targets: Mapping[str, LayerTarget] | None = None
     speedup: float | None = None
@@ -155,6 +157,7 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
             layer_targets = _allocated(job, filter_fn, states[2], note)
         _trained(task).recover(model, dense, recipe, filter_fn, states[1], layer_targets)
     sparsity = sparsity_of(finalize_(model), filter_fn)
+    pruned = tuple(prunable(model, filter_fn))
     plan = _convert(recipe, model, sparsity, note) if sparsity > 0 else None
     outputs = task.outputs(model)
     judged = {"dense": task.judge(reference), "sparse": task.judge(outputs, reference)}
@@ -162,6 +165,7 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
         model,
         plan,
         {name: quality for name, quality in judged.items() if quality is not None},
+        pruned,
         tuple(removals),
         layer_targets,
         _measure(recipe, dense, model) if recipe.allocates else None,
