@@ -99,9 +99,9 @@ def match_labels(labels: Sequence[str], names: Sequence[str]) -> Matched:
     remarks = []
     if as_outputs:
         remarks.append("the model's classes have no names; numbers in the data are taken for those of its outputs")
-    there = {place for place in places if place is not None}
-    if len(there) < len(names) and None not in places:
-        remarks.append(f"the data has {len(there)} of the {len(names)} classes")
+        there = {place for place in places if place is not None}
+        if len(there) < len(names):
+            remarks.append(f"the data has {len(there)} of the {len(names)} classes")
     if unlike:
         remarks.append(f"labels are compared without regard to case: {', '.join(unlike)}")
     return Matched(places, "; ".join(remarks))
@@ -110,8 +110,7 @@ def match_labels(labels: Sequence[str], names: Sequence[str]) -> Matched:
 def encode_labels(labels: Sequence[str], label_names: Sequence[str]) -> list[int]:
     """Index of each label in `label_names`, compared as in `match_labels`.
 
-    Warns where case differs, numbers stand for unnamed classes, or a class has no label. Raises ValueError for a label
-    that is not there.
+    Warns where case differs or numbers stand for unnamed classes. Raises ValueError for a label that is not there.
     """
     different = [*dict.fromkeys(labels)]
     matched = match_labels(different, label_names)
