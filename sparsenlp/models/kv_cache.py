@@ -96,7 +96,7 @@ def reserve(
     layers: list[Any] = cache.layers
     _, count, kv_heads, head_dim = stack.cache_shape
     most = math.inf if window is None else window
-    first = layers[0] if layers else None
+    first: Any = layers[0] if layers else None
     if type(first) in STORED and (store := first.store) is not None and len(layers) == count:
         data, past = store.data, first.length
         fits = data.shape[2] == batch and data.dtype == stack.dtype and data.shape[1] == count
