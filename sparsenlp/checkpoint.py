@@ -18,6 +18,11 @@ and model.safetensors holds for each of them
 
     <name>.scales        (N,)                float32  where `int8` is true
     <name>.bias          (N,)                dtype   where `bias` is true
+    <name>.weight        (0,)                dtype
+
+The last one holds the place of the dense weight: loading such a file into a dense layer gives a mismatch of shapes, and
+not a layer that keeps its random weights. For transformers without this package config.json also has a `fusion_config`,
+which it refuses with an error that says what to import.
 
 The matrices of a sparse recurrent layer "rnn" are such layers, "rnn.ih_l0", "rnn.hh_l0" and so on (see
 layers.recurrent): all of them, of one dtype, without activation or input_scale. That of a sparse nn.Conv1d "conv" is
@@ -129,36 +134,49 @@ def from_pretrained(
     return load(path, config, model_class, **kwargs)
 
 
-def to_disk(model: nn.Module, keep_tied: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict in canonical form, the description for config.json).
+def to_disk(
+    model: nn.Module, keep_tied: bool = False, state: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict in canonical form, the description for config.json), of the model or of this state of it.
 
-    A tensor under several names is kept once, under the first, unless `keep_tied`.
+    A tensor under several names is kept once, under the first, unless `keep_tied`. An empty state is that of a process
+    which has no part of the model: no layer is described.
 
-    Raises ValueError if a layer carries a mask, the state holds something other than tensors, or the name
-    of a sparse layer has characters other than letters, digits, "_", "-" and dots between.
+    Raises ValueError if a layer carries a mask, the state holds something other than tensors or lacks one of a sparse
+    layer, those describe no layer of the model, or the name of a sparse layer has characters other than letters,
+    digits, "_", "-" and dots between.
     """
+    source = model.state_dict(keep_vars=True) if state is None else state
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
     for name, module in model.named_modules():
         if is_masked(module):
             raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got a mask on {name}")
         if name in layers and not NAME.fullmatch(name):
             raise ValueError(f"save_pretrained: expected a module name like encoder.0.fc1, got {name!r}")
-    state: dict[str, Tensor] = {}
+        if (
+            name in layers
+            and source
+            and (part := next((p for p in layers[name].state_dict() if f"{name}.{p}" not in source), ""))
+        ):
+            raise ValueError(
+                f"save_pretrained: expected all tensors of sparse layers in the state, got no {name}.{part}"
+            )
+    written: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in source.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"save_pretrained: expected tensors only in the state, got {type(tensor).__name__} {name}")
         if keep_tied or id(tensor) not in seen:
             seen.add(id(tensor))
-            state[name] = tensor.detach().cpu().contiguous()
-    entries = {name: describe(name, layer, state) for name, layer in layers.items()}
+            written[name] = tensor.detach().cpu().contiguous()
+    entries = {name: describe(name, layer, written) for name, layer in layers.items()} if source else {}
     description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
     optional = {
         "fused_encoders": fused_options(model),
         "fused_decoder": has_fused_decoder(model),
         "structure": structure_of(model),
     }
-    return state, {**description, **{field: value for field, value in optional.items() if value}}
+    return written, {**description, **{field: value for field, value in optional.items() if value}}
 
 
 def read_config(directory: Path) -> dict[str, Any]:

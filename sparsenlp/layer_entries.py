@@ -22,6 +22,8 @@ from .ops.bsr_linear import ACTIVATIONS
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 INT8_FIELDS = ("int8", "input_scale")
 PAIRS = ("block", "pattern", "shape")
+PLACEHOLDER = "weight"
+"""An empty tensor by this name keeps code that expects a dense layer from loading a sparse one."""
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -59,9 +61,9 @@ class LayerEntry:
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype on disk of all tensors, in the order of crc32."""
-        rows = (self.shape[0],)
+        rows, dtype = (self.shape[0],), DTYPES[self.dtype]
         scales = {"scales": (rows, torch.float32)} if self.int8 else {}
-        return {**self.content, **scales, **({"bias": (rows, DTYPES[self.dtype])} if self.bias else {})}
+        return {**self.content, **scales, **({"bias": (rows, dtype)} if self.bias else {}), PLACEHOLDER: ((0,), dtype)}
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -127,13 +129,16 @@ class NMEntry(LayerEntry):
 
 
 def describe(name: str, layer: CompressedLinear, state: dict[str, Tensor]) -> dict[str, Any]:
-    """The entry of a layer for config.json; its tensors in `state` get their dtypes on disk."""
-    weight = layer.weight
-    int8 = weight.scales is not None
-    own = layer.bias if int8 else weight.values
+    """The entry of a layer for config.json, of its tensors in `state`, which get their dtypes on disk.
+
+    Raises ValueError where they describe no layer of this shape.
+    """
+    values, bias = state[f"{name}.values"], state.get(f"{name}.bias")
+    int8 = values.dtype == torch.int8
+    own = bias if int8 else values
     common: dict[str, Any] = {
-        "shape": weight.shape,
-        "bias": layer.bias is not None,
+        "shape": (layer.out_features, layer.in_features),
+        "bias": bias is not None,
         "activation": layer.activation,
         "dtype": "float32" if own is None else str(own.dtype).removeprefix("torch."),
         "crc32": 0,
@@ -142,14 +147,30 @@ def describe(name: str, layer: CompressedLinear, state: dict[str, Tensor]) -> di
     }
     entry: LayerEntry
     if isinstance(layer, NMLinear):
-        entry = NMEntry(**common, pattern=weight.pattern)
+        entry = NMEntry(**common, pattern=layer.pattern)
+    elif values.dim() == 3:
+        entry = BlockEntry(**common, block=(values.shape[1], values.shape[2]), nnz_blocks=values.shape[0])
     else:
-        entry = BlockEntry(**common, block=weight.block, nnz_blocks=weight.nnz_blocks)
+        raise ValueError(f"save_pretrained: {name}: expected values (nnzb, n, k), got {tuple(values.shape)}")
     for part, (_, dtype) in entry.content.items():
         state[f"{name}.{part}"] = state[f"{name}.{part}"].to(dtype)
+    state[f"{name}.{PLACEHOLDER}"] = torch.empty(1, dtype=DTYPES[entry.dtype])[:0]  # with an address of its own
+    _check_written(name, entry, state)
     written = {key: value for key, value in asdict(entry).items() if int8 or key not in INT8_FIELDS}
     written |= {key: [*written[key]] for key in PAIRS if key in written}
     return {**written, "crc32": _crc32(state[full] for full in entry.tensor_names(name))}
+
+
+def _check_written(name: str, entry: LayerEntry, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for what could not be loaded again."""
+    tensors = {part: state[f"{name}.{part}"] for part in entry.tensors}
+    for part, wanted in entry.tensors.items():
+        if (got := (tuple(tensors[part].shape), tensors[part].dtype)) != wanted:
+            raise ValueError(f"save_pretrained: {name}: expected {part} of {wanted}, got {got}")
+    try:
+        entry.weight(tensors).validate()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_pretrained: {name}: {error}") from None
 
 
 def parse_entry(name: Any, entry: Any, where: str) -> LayerEntry:

@@ -38,9 +38,9 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 
 def after_conversion(model: nn.Module) -> None:
-    """Let a transformers model that now holds SparseLinear layers save itself in our format."""
-    if is_transformers_model(model):
-        from .hf import attach
+    """Let transformers models that now hold sparse or fused layers, `model` or in it, save themselves in our format."""
+    if any(map(is_transformers_model, model.modules())):
+        from .hf_saving import attach
 
         attach(model)
 

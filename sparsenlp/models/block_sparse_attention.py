@@ -51,7 +51,7 @@ def use_block_sparse_attention_(model: Any, mask_of: MaskRule | MaskOf | BlockMa
         raise ValueError(f"use_block_sparse_attention_: expected {reason} in {type(model).__name__}")
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from .hf import give_own_config
+    from .hf_saving import give_own_config
 
     AttentionInterface.register(BLOCK_SPARSE, _attend)
     AttentionMaskInterface.register(BLOCK_SPARSE, _padding)

@@ -6,7 +6,7 @@ at module level it may only use what transformers.quantizers.auto uses.
 
 from __future__ import annotations
 
-import copy
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..checkpoint import (
     check_composites,
     composites_of,
     linear_for,
+    open_tensors,
     parse_description,
     parse_fused,
     parse_structure,
@@ -34,6 +35,7 @@ from ..checkpoint import (
     to_disk,
 )
 from ..formats.block import INDEX_DTYPE
+from ..layer_entries import LayerEntry
 from ..layers import NMLinear, SparseLinear
 from ..layers.composite import join_composites_, replace_modules, split_composites_
 from ..layers.compressed_linear import CompressedLinear
@@ -41,6 +43,7 @@ from ..layers.incoming import watch_incoming_
 from ..ops.nm_linear import pack
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
+from .hf_saving import allow_loading, attach, describe_in_config, strip_config
 from .own import own_class
 from .structure import restructure_, structure_of
 
@@ -82,7 +85,9 @@ class SparseNlpQuantizer(HfQuantizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.state_to_save: dict[str, Tensor] | None = None
         self._scales: dict[nn.Module, Tensor] = {}
+        self._dense = False
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -92,6 +97,14 @@ class SparseNlpQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError(f"{METHOD}: expected checkpoint files to check, got a state dict")
         where = ", ".join(checkpoint_files)
+        self._dense = _holds_dense_weights(model, checkpoint_files, entries)
+        if self._dense:
+            warnings.warn(
+                f"{where}: {CONFIG_FILE} describes sparse layers, but all weights are dense, as of a model built "
+                "from a sparse one's configuration. They are loaded as they are; save the model again to end this",
+                stacklevel=2,
+            )
+            return model
         try:
             restructure_(model, parse_structure(self.quantization_config.to_dict()))
         except ValueError as error:
@@ -115,11 +128,18 @@ class SparseNlpQuantizer(HfQuantizer):
                 self._scales[layer] = scales
             replacements[linear] = layer
         replace_modules(model, replacements)
+        _ignore_placeholders(model, {*entries, *(target for target in local.values() if target is not None)})
         for dense, sparse in replacements.items():
             _show_dense_weight(sparse, dense)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        model.is_quantized = False  # plain floats: .half(), .to() and training are fine
+        vars(model).pop("_keys_to_ignore_on_load_unexpected", None)
+        strip_config(model.config)
+        if self._dense:
+            model.hf_quantizer = None
+            return model
         for layer in model.modules():
             if isinstance(layer, CompressedLinear):
                 _show_own_weight(layer)
@@ -135,15 +155,20 @@ class SparseNlpQuantizer(HfQuantizer):
         if getattr(self.quantization_config, "fused_decoder", False):
             _fuse_decoder_again(model)
         watch_incoming_(model)
-        model.is_quantized = False  # type: ignore[assignment]  # plain floats: .half(), .to() and training are fine
+        attach(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What model.save_pretrained writes; the config, written after this, gets the matching description."""
-        state, description = to_disk(model, keep_tied=True)
+        state, description = to_disk(model, keep_tied=True, state=self.state_to_save)
         self.quantization_config = SparseNlpConfig(**description)
-        model.config.quantization_config = self.quantization_config
+        describe_in_config(model.config, self.quantization_config)
         return state, {}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The configuration before a model is built of it, without what stops who does not know of sparse layers."""
+        allow_loading(config)
+        return config
 
     def is_serializable(self) -> bool:
         return True
@@ -160,37 +185,14 @@ class SparseNlpQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         """Dense nn.Linear layers with zeros again."""
         sparse = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
         replace_modules(model, {layer: layer.to_dense() for layer in sparse})
         join_composites_(model)
+        if isinstance(dtype, str):  # what saving leaves in the configuration
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
-
-
-def attach(model: Any) -> None:
-    """Make model.save_pretrained write our format. The model gets a config of its own first, if it shared one."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return
-    give_own_config(model)
-    model.hf_quantizer = SparseNlpQuantizer(SparseNlpConfig())
-
-
-def give_own_config(model: Any) -> None:
-    """Replace the model's config by a copy, which no other model shares."""
-    shared, own = model.config, copy.copy(model.config)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
-
-
-def detach(model: Any) -> None:
-    """Undo `attach`, where no sparse layer needs it: model.save_pretrained writes an ordinary directory again."""
-    if not isinstance(getattr(model, "hf_quantizer", None), SparseNlpQuantizer):
-        return
-    if not any(isinstance(module, CompressedLinear) for module in model.modules()):
-        model.hf_quantizer = None
-        vars(model.config).pop("quantization_config", None)
 
 
 def save(model: Any, directory: Path) -> None:
@@ -246,6 +248,29 @@ def _replace_conv1d(model: nn.Module, names: Sequence[str]) -> None:
     replace_modules(model, linears)
 
 
+def _holds_dense_weights(model: nn.Module, files: Sequence[str], entries: Mapping[str, LayerEntry]) -> bool:
+    """Whether the files hold no sparse layer, but a dense weight for each of these that `model` has.
+
+    Raises CheckpointError where they hold no sparse layer, and lack a dense weight too.
+    """
+    with open_tensors(files) as tensors:
+        names = tensors.names()
+    if not entries or any(f"{name}.{part}" in names for name, entry in entries.items() for part in entry.content):
+        return False
+    known = [name for name in entries if _local_name(model, name) is not None]
+    for name in known:
+        if not any(f"{candidate}.weight" in names for candidate in _candidates(model, name)):
+            where = ", ".join(files)
+            raise CheckpointError(f"{where}: expected a tensor {name}.{next(iter(entries[name].content))}, got none")
+    return bool(known)
+
+
+def _ignore_placeholders(model: Any, names: set[str]) -> None:
+    """Let loading pass over the empty `weight` that stands in a file for each of these layers."""
+    empty = {rf"(^|\.){re.escape(name)}\.weight$" for name in names}
+    vars(model)["_keys_to_ignore_on_load_unexpected"] = {*(model._keys_to_ignore_on_load_unexpected or ()), *empty}
+
+
 def _show_dense_weight(layer: nn.Module, linear: Any) -> None:
     """Let `layer.weight` be the one of a Linear on the meta device until `_show_own_weight`.
 
@@ -273,8 +298,12 @@ def _fuse_decoder_again(model: nn.Module) -> None:
 
 
 def _local_name(model: nn.Module, name: str) -> str | None:
-    """The name in this model: checkpoints of a base model and of one with a head differ by a prefix."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    """The name in this model of a module in a checkpoint."""
     modules = dict(model.named_modules())
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in modules), None)
+    return next((candidate for candidate in _candidates(model, name) if candidate in modules), None)
+
+
+def _candidates(model: nn.Module, name: str) -> tuple[str, ...]:
+    """What the name may be elsewhere: checkpoints of a base model and of one with a head differ by a prefix."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, name.removeprefix(prefix), prefix + name

@@ -237,7 +237,7 @@ def update_config_(model: nn.Module, kept_layers: Sequence[int] | None = None) -
         config.num_attention_heads = most.heads * most.group
         if hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = most.heads
-    from .hf import attach, detach
+    from .hf_saving import attach, detach
 
     (attach if structure_of(stack.host) else detach)(stack.host)
 
