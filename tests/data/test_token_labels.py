@@ -38,6 +38,13 @@ def test_pairs_are_padded_apart(letters, words):
     assert batch["labels"].tolist() == [[1, 3, 2, UNLABELLED], [1, 3, 4, 2]]
 
 
+def test_pairs_of_which_either_is_cut_are_counted(letters, words):
+    data = sequence_pairs(["aaa", "a", "a"], ["a", "a ab a", "a"], letters, words, max_length=3)
+    assert data.cut == 2
+    assert data.columns["input_ids"] == [[3, 3, 2], [3, 2], [3, 2]]
+    assert [len(row) for row in data.columns["labels"]] == [3, 3, 3]
+
+
 def test_windows_say_which_tokens_are_predicted():
     windows = torch.arange(6).view(2, 3)
     assert torch.equal(predicted_windows(windows).batch([0, 1])["labels"], windows)

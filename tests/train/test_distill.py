@@ -27,6 +27,22 @@ def test_too_large_a_cache_is_not_made(make_model, make_data):
     assert make_teacher(model, data, False, cache_gib=1.0).outputs([0])[1] == []
 
 
+def test_hidden_states_that_are_not_one_per_token_are_refused(make_model, make_data):
+    """As those of Canine, which reads characters and thinks in groups of four."""
+    model, data = make_model(), make_data(8)
+    forward = model.forward
+
+    def grouped(**inputs):
+        output = forward(**inputs)
+        output.hidden_states = tuple(state[:, ::4] for state in output.hidden_states or ())
+        return output
+
+    model.forward = grouped
+    with pytest.raises(ValueError, match=r"hidden_weight: expected 0 for BertFor.*states that are not one per token"):
+        LiveTeacher(model, data, hidden=True).outputs([0, 1])
+    assert LiveTeacher(model, data, hidden=False).outputs([0])[1] == []
+
+
 def test_hidden_state_loss_is_relative_and_skips_padding():
     teacher = [torch.full((1, 3, 2), 2.0), torch.full((1, 3, 2), 100.0)]
     states = [torch.full((1, 3, 2), 1.0), torch.full((1, 3, 2), 100.0)]
