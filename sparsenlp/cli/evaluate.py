@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from ..measure import use_threads
+from ..trained_texts import DUPLICATES, hashes_of, read_trained_texts, told_runs
 from .console import note, print_json, print_table
 from .options import BatchSize, LabelColumn, MaxLength, TextColumn, TextPairColumn, Threads
 
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 
 Columns = tuple[str, str, str | None]
 """Names of the columns with the text, the label, and the second text."""
-Reading = tuple[Sequence[Callable[["nn.Module"], Any]], Callable[..., "Judgement"]]
-"""(what each model says of the texts, what compares that with the labels and with a reference)"""
+Hashes = np.ndarray
+Reading = tuple[Sequence[Callable[["nn.Module"], Any]], Callable[..., "Judgement"], Hashes]
+"""(what each model says of the texts, what compares it with the labels and with a reference, `hashes_of` the texts)"""
 
 
 def evaluate(
@@ -37,12 +40,17 @@ def evaluate(
     batch_size: BatchSize = 64,
     max_length: MaxLength = 256,
     threads: Threads = None,
+    allow_training_texts: Annotated[
+        bool, typer.Option("--allow-training-texts", help="Judge by texts that a model was trained on, too.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Accuracy of a classifier, beside that of always choosing the most frequent class.
 
     With --against also: how often both models agree, the KL divergence of what they predict, and the
     cosine similarity of their logits. Of lstm-lm the perplexity, of seq2seq how many answers are exact.
+    Models of `train` and `prune` remember what they were trained on: texts of which that is more than one in a
+    hundred are refused, as figures on them tell nothing of others.
 
     \b
     sparsenlp eval out --data test.csv --against bert-finetuned
@@ -58,7 +66,8 @@ def evaluate(
         raise ValueError(f"against: expected two classifiers or two models of tokens, got {model} and {against}")
     columns = (text_column, label_column, text_pair_column)
     read = _read_predictors if predicts[0] else _read_classifiers
-    outputs, compare = read(names, configs, data, columns, max_length, batch_size)
+    outputs, compare, texts = read(names, configs, data, columns, max_length, batch_size)
+    trained_on = _check_unseen(names, texts, allow_training_texts)
     models = [load_model(name) for name in names]
     with use_threads(threads):
         found, *reference = [of(each) for of, each in zip(outputs, models, strict=True)]
@@ -67,9 +76,32 @@ def evaluate(
     if against is not None:
         rows[against] = compare(reference[0])
     if json:
-        print_json({"model": model, "against": against, "data": str(data), **quality.as_dict()} | _dense(rows, against))
+        about = {"model": model, "against": against, "data": str(data)}
+        print_json(about | quality.as_dict() | _dense(rows, against) | trained_on)
         return
     print_table(quality_cells(rows), f"{quality_title(quality)}, {data}")
+
+
+def _check_unseen(names: Sequence[str], texts: Hashes, allowed: bool) -> dict[str, int]:
+    """{"training_texts": how many of the texts a model was trained on}, the most of any; {} where nothing is known.
+
+    Raises ValueError for more than duplicates would explain, unless they are allowed.
+    """
+    counts: dict[str, int] = {}
+    for name in names:
+        known = read_trained_texts(name)
+        if known is None:
+            continue
+        count = int(known.known(texts).sum())
+        counts["training_texts"] = max(count, counts.get("training_texts", 0))
+        if known.share(texts) > DUPLICATES and not allowed:
+            raise ValueError(
+                f"data: expected texts that {name} was not trained on, got {count} of {len(texts)} that it was "
+                f"({told_runs(known)}); --allow-training-texts judges by them all the same"
+            )
+        if count:
+            note(f"warning: {name} was trained on {count} of the {len(texts)} texts")
+    return counts
 
 
 def _read_classifiers(
@@ -90,6 +122,7 @@ def _read_classifiers(
         if tokens.cut and (not labels or cut_texts(tokens, "texts") != cut_texts(readings[0][1], "texts")):
             note(cut_texts(tokens, "texts"))
         readings.append((tokenizer, tokens))
+        hashes = hashes_of(texts.texts, texts.text_pairs)
         labels.append(tokens.labels)
     if len(labels) > 1 and not labels[0].equal(labels[1]):
         raise ValueError(f"against: expected classes in the order of {names[0]}, got another in {names[1]}")
@@ -98,7 +131,7 @@ def _read_classifiers(
         match_padding_(model, tokenizer)
         return predict(model, tokens, batch_size)
 
-    return [partial(logits, *reading) for reading in readings], partial(judge, labels=labels[0])
+    return [partial(logits, *reading) for reading in readings], partial(judge, labels=labels[0]), hashes
 
 
 def _read_predictors(
@@ -118,7 +151,8 @@ def _read_predictors(
     source = Data(train=str(data), test=str(data), text_column=text_column, text_pair_column=text_pair_column)
     texts = token_texts(source, configs[0].is_encoder_decoder, seed=0)
     task = token_prediction(tokenizers[0], *texts, max_length, seed=0)
-    return [partial(task.outputs, batch_size=batch_size)] * len(names), task.judge
+    hashes = hashes_of(texts[1].texts, texts[1].targets)
+    return [partial(task.outputs, batch_size=batch_size)] * len(names), task.judge, hashes
 
 
 def load_texts(

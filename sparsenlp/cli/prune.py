@@ -261,6 +261,8 @@ def _report(job: Job, outcome: Outcome) -> None:
     output = job.output
     if outcome.qualities:
         print_table(quality_cells(outcome.qualities), quality_title(outcome.qualities["dense"]))
+    elif outcome.withheld:
+        say(f"accuracy: not reported: {outcome.withheld}")
     sizes = report(outcome.model)
     if outcome.plan is not None:
         _report_plan(outcome.plan, outcome.pruned)

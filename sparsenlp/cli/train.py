@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,12 +85,23 @@ def train(
     source = Data(**section, count=count, max_length=max_length)
     with use_threads(threads), resumable():
         quality = train_new(model, source, output, config, options, embeddings, note)
-    print_table(quality_cells({model: quality}), quality_title(quality))
+    if quality is not None:
+        print_table(quality_cells({model: quality}), quality_title(quality))
     say(f"saved: {output}")
-    columns = f" --text-column {text_column}" if text_column != "text" else ""
-    columns += f" --text-pair-column {text_pair_column}" if text_pair_column else ""
-    packaged = (f" --wordnet {wordnet}" if wordnet is not None else "") + (f" --count {count}" if count else "")
-    say(f"next: sparsenlp prune {output} {output}-sparse --data {data}{columns}{packaged}")
+    texts = {
+        "data": data,
+        "test": test,
+        "text-column": text_column if "train" in section and text_column != "text" else None,
+        "label-column": label_column if "label_column" in section and label_column != "label" else None,
+        "text-pair-column": text_pair_column if "train" in section else None,
+        "wordnet": wordnet,
+        "count": count,
+        "max-length": max_length if max_length != 256 else None,
+        "seed": seed or None,
+    }
+    said = [part for name, value in texts.items() if value is not None for part in (f"--{name}", str(value))]
+    where = f"./{output}" if str(output).startswith("-") else str(output)
+    say("next: " + shlex.join(["sparsenlp", "prune", where, f"{where}-sparse", *said]))
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -39,6 +39,7 @@ from ..prune import (
 )
 from ..prune.layers import FilterFn
 from ..prune.structured import find_stack
+from ..trained_texts import TEXTS_FILE, Split, TrainedTexts, read_trained_texts, with_texts
 from .calibrate import allocate_layers, collect, inputs_of
 from .config import OneShot, Recipe, Structured
 from .tasks import Classification, Judgement, Task, Trained, read_task
@@ -56,6 +57,7 @@ class Job:
 
     model   dense, in eval mode; `run` changes it
     work    where an interrupted run waits and the fine-tuned dense model is kept
+    earlier what the model was trained on before, if that is known
     """
 
     recipe: Recipe
@@ -63,15 +65,37 @@ class Job:
     task: Task
     output: Path
     work: Path
+    earlier: TrainedTexts | None = None
 
     @property
     def finetunes(self) -> bool:
         return isinstance(self.task, Classification) and not self.task.head.trained
 
+    @property
+    def split(self) -> Split | None:
+        return self.task.split if isinstance(self.task, Trained) else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said about the texts before training, a line each."""
+        return [*self.task.remarks, *(self.split.remarks(self.earlier) if self.split is not None else ())]
+
+    @property
+    def withheld(self) -> str:
+        """Why figures on the test texts will not be reported; "" if they will."""
+        return self.split.withheld(self.earlier) if self.split is not None else ""
+
+    @property
+    def trained(self) -> TrainedTexts | None:
+        """What the model will have been trained on, by others and by this recipe."""
+        if self.split is None:
+            return self.earlier
+        return self.split.trained if self.earlier is None else self.earlier.joined(self.split.trained)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """qualities   "dense" and "sparse" on the test texts; empty without data
+    """qualities   "dense" and "sparse" on the test texts; empty without data, and if they are withheld
     plan        what became sparse; None where only structures went, and the model stays dense
     pruned      names of the layers that were pruned
     removals    of whole structures
@@ -79,6 +103,7 @@ class Outcome:
     speedup     measured on the final model, where the target is a time
     rounds      where there were some
     dense       directory of the fine-tuned dense model, None if it came trained
+    withheld    why there are no qualities: the model was trained on test texts
     """
 
     model: nn.Module
@@ -90,6 +115,7 @@ class Outcome:
     speedup: float | None = None
     rounds: training.IncrementalLog | None = None
     dense: Path | None = None
+    withheld: str = ""
 
 
 def prepare(recipe: Recipe, output: str | Path, work: str | Path | None = None) -> Job:
@@ -102,7 +128,7 @@ def prepare(recipe: Recipe, output: str | Path, work: str | Path | None = None) 
 
     Raises ValueError for a sparse model, an output that is the model, labels that do not fit, and a recipe for another
     architecture: layers or structures that the model does not have, patterns that do not divide its weights. Raises as
-    `read_task` and `load_model` too.
+    `read_task`, `load_model` and `read_trained_texts` too.
     """
     output = Path(output)
     name = str(PACKAGED[recipe.model]()) if recipe.model in PACKAGED else recipe.model
@@ -115,10 +141,11 @@ def prepare(recipe: Recipe, output: str | Path, work: str | Path | None = None) 
     own = OWN.get(load_config(name).model_type)
     if own is not None:
         recipe = recipe.with_defaults(own.pruning)
+    earlier = read_trained_texts(name)
     task = read_task(recipe, name)
     model = task.load(name)
     _check_architecture(recipe, model)
-    return Job(recipe, model, task, output, Path(work) if work is not None else output / "work")
+    return Job(recipe, model, task, output, Path(work) if work is not None else output / "work", earlier)
 
 
 def run(job: Job, note: Note = lambda text: None) -> Outcome:
@@ -136,8 +163,10 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
     files = ("finetune.safetensors", "recover.safetensors", "layer_targets.json", "rounds.safetensors")
     states = [job.work / name for name in files]
     removals, layer_targets, rounds = [], None, None
-    for remark in task.remarks:
+    for remark in job.remarks:
         note(remark)
+    if job.withheld:
+        note(f"test figures will not be reported: {job.withheld}; test by others, or hold out the same rows as before")
     if job.finetunes:
         _finetune(job, states[0], note)
     elif isinstance(task, Classification) and task.head.why:
@@ -164,13 +193,14 @@ def run(job: Job, note: Note = lambda text: None) -> Outcome:
     outcome = Outcome(
         model,
         plan,
-        {name: quality for name, quality in judged.items() if quality is not None},
+        {name: quality for name, quality in judged.items() if quality is not None and not job.withheld},
         pruned,
         tuple(removals),
         layer_targets,
         _measure(recipe, dense, model) if recipe.allocates else None,
         rounds,
         job.work / "dense" if job.finetunes else None,
+        job.withheld,
     )
     _save(job, outcome)
     for state in states:
@@ -198,7 +228,7 @@ def _finetune(job: Job, state: Path, note: Note) -> None:
     assert isinstance(task, Classification)
     note(f"fine-tuning the dense model first: {task.head.why or 'as asked'} ({config.epochs} epochs)")
     task.finetune(job.model, config, state)
-    save_model(job.model, job.work / "dense", task.tokenizer)
+    save_model(job.model, job.work / "dense", with_texts(task.tokenizer, job.trained))
 
 
 def _remove(job: Job, stage: Structured) -> Removal:
@@ -303,15 +333,16 @@ def _measure(recipe: Recipe, dense: nn.Module, model: nn.Module) -> float:
 
 
 def _save(job: Job, outcome: Outcome) -> None:
-    """Checkpoint, then RESULT_FILE beside it."""
+    """Checkpoint and, in one with it, RESULT_FILE and what the model was trained on."""
     recipe = job.recipe
     outcome.model.config.recipe_sha256 = recipe.sha256  # type: ignore[union-attr]
-    save_model(outcome.model, job.output, job.task.tokenizer)
     record: dict[str, Any] = {
         "recipe": recipe.content,
         "recipe_sha256": recipe.sha256,
         "quality": {name: quality.as_dict() for name, quality in outcome.qualities.items()},
     }
+    if outcome.withheld:
+        record |= {"quality": None, "quality_withheld": outcome.withheld}
     if outcome.plan is not None:
         record["plan"] = outcome.plan.as_dict()
     if outcome.removals:
@@ -321,7 +352,10 @@ def _save(job: Job, outcome: Outcome) -> None:
         record["speedup"] = outcome.speedup
     if outcome.rounds is not None:
         record["rounds"] = asdict(outcome.rounds)
-    _write_json(job.output / RESULT_FILE, record)
+    if job.trained is None:
+        Path(job.output, TEXTS_FILE).unlink(missing_ok=True)  # of another model that was there
+    companions = with_texts(job.task.tokenizer, job.trained, {RESULT_FILE: json.dumps(record, indent=2) + "\n"})
+    save_model(outcome.model, job.output, companions)
 
 
 def _trained(task: Task) -> Trained:

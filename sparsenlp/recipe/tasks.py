@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..prune import LayerTarget
 from ..prune.layers import FilterFn
 from ..sequences import PREDICTORS, Answers, Perplexity, answers, judge_answers, judge_windows, text_windows
 from ..train import FinetuneConfig
+from ..trained_texts import Split, hashes_of
 from .config import LABELLED_TASKS, PAIR_TASKS, Data, OneShot, Recipe
 
 HELD_OUT = 0.1
@@ -98,10 +99,12 @@ class Trained(Task):
     """Texts to train on and texts to judge by.
 
     held_out   rows kept for testing, of how many, where there were no test texts
+    split      which texts are on either side
     """
 
     train: TokenizedDataset
     held_out: HeldOut
+    split: Split | None = field(default=None, kw_only=True)
 
     def judge(self, outputs: Any, reference: Any = None) -> Judgement:
         raise NotImplementedError
@@ -262,6 +265,7 @@ def read_task(recipe: Recipe, name: str) -> Task:
     if config.model_type in PREDICTORS:
         return _read_token_task(recipe, config, tokenizer)
     head, training, testing, held_out = _labelled(recipe, config)
+    split = split_of(recipe.data, recipe.seed, training, testing)
     if not head.trained and recipe.finetune.when == "never":
         raise UntrainedHead(head.why)
     validation = None
@@ -270,7 +274,7 @@ def read_task(recipe: Recipe, name: str) -> Task:
     longest = min(recipe.data.max_length, max_tokens(config, tokenizer) or recipe.data.max_length)
     judging = None if validation is None else tokenize(validation, tokenizer, longest)
     learning, final = (tokenize(side, tokenizer, longest) for side in (training, testing))
-    return Classification(tokenizer, learning, held_out, head, judging, final)
+    return Classification(tokenizer, learning, held_out, head, judging, final, split=split)
 
 
 def _read_token_task(recipe: Recipe, config: Any, tokenizer: Any) -> TokenPrediction:
@@ -284,7 +288,19 @@ def _read_token_task(recipe: Recipe, config: Any, tokenizer: Any) -> TokenPredic
     if recipe.trains:
         recipe.token_recovery  # noqa: B018 (raises)
     texts = token_texts(recipe.data, config.is_encoder_decoder, recipe.seed)
-    return token_prediction(tokenizer, *texts, recipe.data.max_length, recipe.seed)
+    task = token_prediction(tokenizer, *texts, recipe.data.max_length, recipe.seed)
+    return replace(task, split=split_of(recipe.data, recipe.seed, *texts[:2]))
+
+
+def split_of(source: Data, seed: int, *sides: TextDataset | TokenTexts) -> Split:
+    """What `trained_texts` keeps of training and test texts."""
+    train, test = (
+        hashes_of(side.texts, side.targets if isinstance(side, TokenTexts) else side.text_pairs) for side in sides
+    )
+    facts = {name: value for name in ("task", "count", "test_fraction") if (value := getattr(source, name)) is not None}
+    facts |= {name: Path(value).name for name in ("train", "test") if (value := getattr(source, name)) is not None}
+    facts |= source.columns | {"seed": seed, "training_texts": len(train), "test_texts": len(test)}
+    return Split(train, test, source.test is not None, facts)
 
 
 def token_prediction(
