@@ -327,8 +327,19 @@ def test_a_target_of_time_is_not_measured_again_when_a_run_goes_on(make, tmp_pat
         result = invoke("prune", "--recipe", path, tmp_path / "out")
     assert result.exit_code == 130
     assert result.stderr.strip().splitlines()[-1].endswith("run the same command again to go on from there")
+    kept = tmp_path / "out" / "work" / "layer_targets.json"
+    whole = kept.read_bytes()
+    for broken in (b"{", b"[]", b"{}", b"[" * 100_000, whole.replace(b"0.75", b"0.95")):
+        kept.write_bytes(broken)
+        with monkeypatch.context() as patch:
+            patch.setattr("sparsenlp.train.recover", stop)
+            result = invoke("prune", "--recipe", path, tmp_path / "out")
+        assert result.exit_code == 130
+        assert "layer_targets.json is not used, choosing again" in " ".join(result.stderr.split())
+        assert kept.read_bytes() == whole
+    asked.clear()
     succeed("prune", "--recipe", path, tmp_path / "out")
-    assert len(asked) == 1
+    assert not asked
     assert record_of(tmp_path / "out")["layer_targets"] == {QUERY: {"pattern": "8x1", "sparsity": 0.75}}
     assert not (tmp_path / "out" / "work").exists()
 

@@ -272,10 +272,23 @@ def test_the_key_tells_machines_apart(calibrations, monkeypatch, tmp_path):
 
 
 def damaged(data, change):
-    """A copy of the JSON data with one thing wrong."""
+    """A copy of the JSON data with one thing wrong, and a checksum that fits."""
     data = json.loads(json.dumps(data))
     change(data)
+    if "crc32" in data:
+        data["crc32"] = cache._checksum(data.get("key"), data.get("kinds"))
     return json.dumps(data)
+
+
+def test_a_changed_number_is_found_by_the_checksum(calibrations, tmp_path):
+    first = calibrated([DENSE_KIND], 1, tmp_path)
+    data = json.loads(only_file(tmp_path).read_text())
+    data["kinds"]["float32 dense"]["errors"][0] += 0.125
+    only_file(tmp_path).write_text(json.dumps(data))
+    with pytest.warns(
+        UserWarning, match="not used, calibrating again: expected the laws that were written, got others"
+    ):
+        assert calibrated([DENSE_KIND], 1, tmp_path) == first
 
 
 @pytest.mark.parametrize(
@@ -311,7 +324,7 @@ def test_a_damaged_cache_is_replaced_with_a_warning(calibrations, tmp_path, chan
     assert json.loads(only_file(tmp_path).read_text()) == json.loads(whole)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xfe", b"[1, 2]"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xfe", b"[1, 2]", b"[" * 100_000])
 def test_a_foreign_file_is_replaced_with_a_warning(calibrations, tmp_path, content):
     calibrated([DENSE_KIND], 1, tmp_path)
     only_file(tmp_path).write_bytes(content)

@@ -7,17 +7,21 @@ import json
 import os
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .. import native
+from ..files import read_regular
 from ..measure import machine, use_threads, watch_cpu
 from .calibration import SECONDS, calibrate
 from .model import CostModel, Fitted, Kind
 
-FORMAT = 2
-"""Of the file and of the laws in it: raise it when their features change."""
+FORMAT = 3
+"""Version of the file and of the laws in it: raise it when their features change."""
+
+LARGEST_FILE = 2**22
 
 WORTH_KEEPING = 0.5
 """A calibration with a larger error (p90) was made while the machine was busy: it is used once, and not kept."""
@@ -81,15 +85,21 @@ def digest(key: dict[str, Any]) -> str:
 def _read(path: Path, key: dict[str, Any]) -> dict[Kind, Fitted]:
     """What the file holds for this key; nothing, with a warning unless it does not exist, if it cannot be believed."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or data.keys() != {"key", "kinds"} or not isinstance(data["kinds"], dict):
-            raise ValueError("expected an object with key and kinds")
+        data = json.loads(read_regular(path, LARGEST_FILE))
+        if (
+            not isinstance(data, dict)
+            or data.keys() != {"key", "kinds", "crc32"}
+            or not isinstance(data["kinds"], dict)
+        ):
+            raise ValueError("expected an object with key, kinds and crc32")
+        if data["crc32"] != _checksum(data["key"], data["kinds"]):
+            raise ValueError("expected the laws that were written, got others")
         if data["key"] != key:
             raise ValueError("expected this machine's key, got another's")
         return {kind: Fitted.from_dict(kind, entry) for kind, entry in _kinds(data["kinds"])}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:  # ValueError: not JSON, not text, or a field that is wrong
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not text, or a field that is wrong
         warnings.warn(f"cost cache: {path} is not used, calibrating again: {error}", stacklevel=3)
         return {}
 
@@ -118,13 +128,18 @@ def _is_good(kind: Kind, entry: Fitted) -> bool:
     return False
 
 
+def _checksum(key: Any, kinds: Any) -> int:
+    return zlib.crc32(json.dumps([key, kinds], sort_keys=True).encode())
+
+
 def _kinds(entries: dict[str, Any]) -> list[tuple[Kind, Any]]:
     return [(Kind.parse(name), entry) for name, entry in entries.items()]
 
 
 def _write(path: Path, key: dict[str, Any], fitted: dict[Kind, Fitted]) -> None:
     """Replace the file as a whole; a warning if that cannot be done."""
-    data = {"key": key, "kinds": {str(kind): entry.as_dict() for kind, entry in fitted.items()}}
+    kinds = {str(kind): entry.as_dict() for kind, entry in fitted.items()}
+    data = {"key": key, "kinds": kinds, "crc32": _checksum(key, kinds)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=path.name, dir=path.parent)

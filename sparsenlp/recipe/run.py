@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from .. import train as training
 from ..classifiers import is_sparse_checkpoint, load_config, save_model
 from ..convert import sparsify_
 from ..data import minilm_directory
+from ..files import read_regular
 from ..layers.composite import splitting
 from ..measure import interleave
 from ..models.own import OWN
@@ -275,13 +277,34 @@ def _prune_at_once(job: Job, stage: OneShot, filter_fn: FilterFn | None) -> None
 def _allocated(job: Job, filter_fn: FilterFn | None, file: Path, note: Note) -> dict[str, LayerTarget]:
     """A target for each layer, kept in `file`: measured again they would be others, and recovery could not go on."""
     digest = job.recipe.sha256
-    if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8")))["recipe_sha256"] == digest:
-        return {n: LayerTarget(parse_pattern(t["pattern"]), t["sparsity"]) for n, t in kept["layer_targets"].items()}
+    try:
+        if (kept := _kept_targets(file, digest)) is not None:
+            return kept
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        note(f"{file} is not used, choosing again: {error!r:.200}")
     note(f"choosing a sparsity for each layer: {job.recipe.target}")
     targets = allocate_layers(job.recipe, job.model, _trained(job.task).train, filter_fn).targets
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(file, {"recipe_sha256": digest, "layer_targets": _plain(targets)})
+    plain = _plain(targets)
+    _write_json(file, {"recipe_sha256": digest, "layer_targets": plain, "crc32": _checksum(plain)})
     return targets
+
+
+def _kept_targets(file: Path, digest: str) -> dict[str, LayerTarget] | None:
+    """What an earlier run of the same recipe chose; None if there was none. Raises for a file that is broken."""
+    try:
+        kept = json.loads(read_regular(file, 2**24))
+    except FileNotFoundError:
+        return None
+    if kept["recipe_sha256"] != digest:
+        return None
+    if kept["crc32"] != _checksum(kept["layer_targets"]):
+        raise ValueError("another checksum")
+    return {n: LayerTarget(parse_pattern(t["pattern"]), t["sparsity"]) for n, t in kept["layer_targets"].items()}
+
+
+def _checksum(targets: Any) -> int:
+    return zlib.crc32(json.dumps(targets, sort_keys=True).encode())
 
 
 def _prune_in_rounds(
