@@ -72,6 +72,15 @@ class BlockSparse:
         return self.values.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the dense matrix: float32 for int8 values."""
+        return self.values.dtype if self.scales is None else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def density(self) -> float:
         """Stored values / all values; explicit zeros inside a stored block count as stored."""
         total = self.shape[0] * self.shape[1]

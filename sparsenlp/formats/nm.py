@@ -64,6 +64,15 @@ class NM:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the dense matrix: float32 for int8 values."""
+        return self.values.dtype if self.scales is None else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def density(self) -> float:
         """Stored values / all values, n / m; explicit zeros count as stored."""
         total = self.shape[0] * self.shape[1]

@@ -46,7 +46,8 @@ def bsr_linear(
     its token and row, s_x / 2 * sum |w| + s_w / 2 * sum |x| + K s_x s_w / 4, the sums over the stored inputs
     of the row, as long as no |x| exceeds 127 input_scale.
 
-    Under autocast x is cast to the weight's dtype, and the result has that dtype.
+    Under autocast x is cast to the weight's dtype, and the result has that dtype; elsewhere so is an x all of whose
+    numbers fit there, such as float16 beside float32.
     Indices are trusted here: they were checked when the weight was built or loaded.
     Differentiable in x, the values, the bias and the residual; values get gradients at stored blocks only.
     int8 weights are for inference.
@@ -103,10 +104,7 @@ def call(
 ) -> Tensor:
     """bsr_linear on bare tensors, for layers: it checks x, and trusts what the layer checked when it was made."""
     if x.dtype != values.dtype and scales is None:
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"bsr_linear: expected x of dtype {values.dtype}, got {x.dtype}")
-        x = x.to(values.dtype)
-        residual = residual.to(values.dtype) if residual is not None else None
+        x, residual = as_weights("bsr_linear", x, residual, values.dtype)
     _check_x(x, values, columns)
     if residual is not None:
         check_residual("bsr_linear", residual, x, (crow_indices.shape[0] - 1) * values.shape[1])
@@ -120,6 +118,17 @@ def call(
         return _op(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
     with torch._C._AutoDispatchBelowAutograd():  # skips the Python of register_autograd: 5 to 10 us a call
         return _op(x, crow_indices, col_indices, values, bias, activation, residual, scales, scale)
+
+
+def as_weights(op: str, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """x and residual in the weights' dtype: under autocast, or where that holds all numbers of x's.
+
+    The latter is for models that keep some layers in float32 (T5's `wo`). Raises TypeError elsewhere.
+    """
+    wider = x.is_floating_point() and torch.promote_types(x.dtype, dtype) == dtype
+    if not wider and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"{op}: expected x of dtype {dtype}, got {x.dtype}")
+    return x.to(dtype), None if residual is None else residual.to(dtype)
 
 
 def _check_arguments(

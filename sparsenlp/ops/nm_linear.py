@@ -14,7 +14,7 @@ from ..formats import NM
 from ..formats.nm import pack_indices
 from ..reference import nm_linear as reference
 from . import nm_linear_cuda as cuda
-from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, NATIVE_DTYPES, check_residual
+from .bsr_linear import ACTIVATION_BACKWARD, ACTIVATIONS, NATIVE_DTYPES, as_weights, check_residual
 from .devices import on_one_device, register_fake
 
 BACKENDS = ("native", "cuda", "reference")
@@ -49,7 +49,8 @@ def nm_linear(
     packs them on every call; `NMLinear` packs them once. Values are never copied, so that an optimizer
     may change them in place at any time.
 
-    Under autocast x is cast to the weight's dtype, and the result has that dtype.
+    Under autocast x is cast to the weight's dtype, and the result has that dtype; elsewhere so is an x all of whose
+    numbers fit there, such as float16 beside float32.
     Indices are trusted here: they were checked when the weight was built or loaded.
     Differentiable in x, the values, the bias and the residual, on a GPU too; the gradients take dense matrix
     products. int8 weights are for inference.
@@ -94,10 +95,7 @@ def call(
 ) -> Tensor:
     """nm_linear on bare tensors, for layers: it checks x, and trusts what the layer checked when it was made."""
     if x.dtype != values.dtype and scales is None:
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"nm_linear: expected x of dtype {values.dtype}, got {x.dtype}")
-        x = x.to(values.dtype)
-        residual = residual.to(values.dtype) if residual is not None else None
+        x, residual = as_weights("nm_linear", x, residual, values.dtype)
     if not x.dim() or x.shape[-1] != columns:
         raise ValueError(f"nm_linear: expected K = {columns} columns in x, got shape {tuple(x.shape)}")
     if x.device != values.device:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsenlp import BlockSparse, SparseLinear, native
+from sparsenlp import BlockSparse, NMLinear, SparseLinear, native
 from sparsenlp.ops import bsr_linear
 
 
@@ -177,3 +177,23 @@ def test_forward_adds_a_residual(dtype):
     layer = SparseLinear.from_dense(dense, (8, 2))
     x, residual = torch.randn(5, dense.in_features).to(dtype), torch.randn(5, dense.out_features).to(dtype)
     torch.testing.assert_close(layer(x, residual), dense(x) + residual, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["blocks", "pattern"])
+@torch.no_grad()
+def test_an_input_of_fewer_bits_is_widened(dtype, kind):
+    dense = pruned_linear()
+    dense.weight.data *= torch.tensor([1.0, 0, 0, 1]).repeat(6)
+    layer = SparseLinear.from_dense(dense, (8, 1)) if kind == "blocks" else NMLinear.from_dense(dense)
+    x = torch.randn(3, 24).to(dtype)
+    assert torch.equal(layer(x, residual=torch.ones(3, 32, dtype=dtype)), layer(x.float(), residual=torch.ones(3, 32)))
+    with pytest.raises(TypeError, match="expected x of dtype"):
+        layer.to(dtype)(x.float())
+
+
+def test_a_weight_says_its_dtype_as_a_dense_one_would():
+    layer = SparseLinear.from_dense(pruned_linear(block=(8, 4)), (8, 4)).to(torch.bfloat16)
+    assert (layer.weight.dtype, layer.weight.device) == (torch.bfloat16, torch.device("cpu"))
+    assert layer.quantize().weight.dtype == torch.float32
+    assert NMLinear.from_dense(nn.Linear(8, 8), (4, 4)).weight.dtype == torch.float32

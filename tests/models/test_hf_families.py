@@ -97,3 +97,35 @@ def test_logits_of_gpt_neo_come_back(tmp_path):
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_t5_in_half_precision_keeps_some_layers_in_float32(tmp_path):
+    sizes = MODELS["t5"][2] | {"decoder_start_token_id": 0}
+    model = sparsified(build("T5ForConditionalGeneration", "T5Config", sizes))
+    directory = save_pretrained(model, tmp_path / "sparse")
+    sparse, dense = (from_pretrained(directory, dtype=torch.float16) for _ in range(2))
+    dense.dequantize(torch.float32)
+    dense.save_pretrained(tmp_path / "dense")
+    dense = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "dense", dtype=torch.float16)
+    kept = sparse.encoder.block[0].layer[1].DenseReluDense
+    assert (kept.wo.values.dtype, kept.wi.values.dtype) == (torch.float32, torch.float16)
+    ids = torch.arange(5, 14)[None]
+    with torch.no_grad():
+        got, wanted = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (sparse, dense))
+    torch.testing.assert_close(got, wanted, rtol=5e-3, atol=5e-3)
+    sparse.save_pretrained(tmp_path / "again")
+    again = from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids, decoder_input_ids=ids).logits, got)
+
+
+def test_mamba_asks_its_head_for_the_dtype():
+    sizes = {"vocab_size": 56, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "tie_word_embeddings": False}
+    model = build("MambaForCausalLM", "MambaConfig", sizes)
+    ids = torch.arange(5, 14)[None]
+    with torch.no_grad():
+        model.lm_head.weight.mul_((torch.rand(7, 32) < 0.3).repeat_interleave(8, 0))
+        expected = model(ids).logits
+        sparsify_(model, SparsifyConfig(measure="off"), lambda module, name: name == "lm_head")
+        assert isinstance(model.lm_head, SparseLinear)
+        torch.testing.assert_close(model(ids).logits, expected)
