@@ -52,8 +52,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from .layer_entries import NAME, BlockEntry, CheckpointError, LayerEntry, describe, is_count, parse_entry, read_layer
+from .layers.adapters import has_adapters
 from .layers.composite import Twin, replace_modules, split_composites_
 from .layers.compressed_linear import CompressedLinear
 from .layers.encoder import FUSED_PRECISIONS
@@ -63,7 +65,7 @@ from .models import has_fused_decoder, is_transformers_model
 from .models.encoders import FusionOptions, fuse_again_, fused_options
 from .models.structure import structure_of
 from .ops.encoder_layer import TILES
-from .report import is_masked
+from .report import torch_pruned
 
 METHOD = "sparsenlp"
 FORMAT_VERSION = 1
@@ -82,13 +84,16 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer: A
     tokenizer   saved along by its own save_pretrained
     returns     the directory
 
-    Raises ValueError if a layer still carries a pruning mask, one is still split into its matrices, or the
-    state holds something other than tensors, NotADirectoryError if `directory` is a file, OSError if it cannot be
-    written.
+    Raises ValueError if a layer still carries a pruning mask, one is still split into its matrices, an adapter sits
+    in a transformers model, or the state holds something other than tensors, NotADirectoryError if `directory` is a
+    file, OSError if it cannot be written.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, Twin) and any(isinstance(m, nn.Linear) for m in module.children()):
-            raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got {name} split for pruning")
+    check_unmasked(model)
+    if is_transformers_model(model) and has_adapters(model):
+        raise ValueError(
+            f"save_pretrained: expected a {type(model).__name__} without adapters, got one; save the adapter by peft, "
+            "merge it (merge_and_unload) or take it off (unload)"
+        )
     target = Path(directory).resolve()
     with _staged(target) as staging:
         if is_transformers_model(model):
@@ -146,18 +151,14 @@ def to_disk(
     layer, those describe no layer of the model, or the name of a sparse layer has characters other than letters,
     digits, "_", "-" and dots between.
     """
+    check_unmasked(model)
     source = model.state_dict(keep_vars=True) if state is None else state
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    for name, module in model.named_modules():
-        if is_masked(module):
-            raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got a mask on {name}")
-        if name in layers and not NAME.fullmatch(name):
+    for name in layers:
+        if not NAME.fullmatch(name):
             raise ValueError(f"save_pretrained: expected a module name like encoder.0.fc1, got {name!r}")
-        if (
-            name in layers
-            and source
-            and (part := next((p for p in layers[name].state_dict() if f"{name}.{p}" not in source), ""))
-        ):
+        part = next((p for p in layers[name].state_dict() if f"{name}.{p}" not in source), "")
+        if source and part:
             raise ValueError(
                 f"save_pretrained: expected all tensors of sparse layers in the state, got no {name}.{part}"
             )
@@ -177,6 +178,22 @@ def to_disk(
         "structure": structure_of(model),
     }
     return written, {**description, **{field: value for field, value in optional.items() if value}}
+
+
+def check_unmasked(model: nn.Module) -> None:
+    """Raise ValueError if a tensor of `model` is computed from a mask, or a layer is split into its matrices.
+
+    torch's own parametrizations, such as a weight norm, are part of the model and stay.
+    """
+    for name, module in model.named_modules():
+        chains = module.parametrizations.values() if parametrize.is_parametrized(module) else ()
+        unknown = [part for chain in chains for part in chain if type(part).__module__ != parametrizations.__name__]
+        if unknown or torch_pruned(module):
+            raise ValueError(
+                f"save_pretrained: expected masks burned in (finalize_), got a mask on {name or type(model).__name__}"
+            )
+        if isinstance(module, Twin) and any(isinstance(m, nn.Linear) for m in module.children()):
+            raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got {name} split for pruning")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -161,8 +161,14 @@ def effective_weight(layer: Linear) -> Tensor:
 
 
 def is_masked(layer: nn.Module) -> bool:
-    """Whether the weight is computed from others: torch's parametrize (our masks) or torch.nn.utils.prune."""
-    return parametrize.is_parametrized(layer) or hasattr(layer, "weight_orig")
+    """Whether a tensor is computed from others: torch's parametrize (our masks) or torch.nn.utils.prune."""
+    return parametrize.is_parametrized(layer) or bool(torch_pruned(layer))
+
+
+def torch_pruned(module: nn.Module) -> list[str]:
+    """Names of the tensors of a module, its own alone, that carry a mask of torch.nn.utils.prune."""
+    originals = [name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig")]
+    return [name for name in originals if f"{name}_mask" in module._buffers]
 
 
 def _layer_report(name: str, layer: Linear) -> LayerReport:

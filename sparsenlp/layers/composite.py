@@ -13,10 +13,11 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .adapters import adapted_layers, adapter_modules
 from .recurrent import SparseRecurrent
-from .sparse_conv1d import SparseConv1d
+from .sparse_conv1d import SparseConv1d, filter_matrix
 from .sparse_gru import SparseGRU
 from .sparse_lstm import SparseLSTM
 
@@ -52,8 +53,15 @@ def is_composite(module: nn.Module) -> bool:
 
 
 def split(module: nn.Module) -> Twin:
-    """The twin with nn.Linear matrices, which has the layer's Parameters (of a convolution a copy) and hooks."""
-    return with_hooks(cast(Twin, TWINS[type(module)].split(module)), module)
+    """The twin with nn.Linear matrices, which has the layer's Parameters (of a convolution a copy) and hooks.
+
+    With masks on, its state dict also holds the tensors of torch's layer under their names, for whoever loads them
+    into a model that is not split; one that holds those alone can be loaded into the twin.
+    """
+    twin = with_hooks(cast(Twin, TWINS[type(module)].split(module)), module)
+    twin.register_state_dict_post_hook(_save_whole)
+    twin.register_load_state_dict_pre_hook(_load_whole)
+    return twin
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -126,15 +134,48 @@ def on_split(function: Function) -> Function:
     return cast(Function, call)
 
 
+@torch.no_grad()
+def _save_whole(twin: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    if _is_split(twin) and any("weight" not in matrix._parameters for matrix in twin.children()):
+        whole = cast(Twin, twin).to_dense()
+        state.update({f"{prefix}{name}": tensor.detach().clone() for name, tensor in whole.named_parameters()})
+
+
+def _load_whole(twin: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    names = _own_names(cast(Twin, twin)) if _is_split(twin) else {}
+    whole = {own: state.pop(f"{prefix}{name}") for name, own in names.items() if f"{prefix}{name}" in state}
+    if any(key.startswith(prefix) for key in state):
+        return  # the matrices' own tensors, which hold more
+    if isinstance(twin, SparseConv1d) and "filters.weight" in whole:
+        whole["filters.weight"] = filter_matrix(whole["filters.weight"])
+    state.update({f"{prefix}{own}": tensor for own, tensor in whole.items()})
+
+
+def _own_names(twin: Twin) -> dict[str, str]:
+    """{torch's name of a tensor: its name in a split twin}."""
+    if isinstance(twin, SparseConv1d):
+        return {part: f"filters.{part}" for part in ("weight", "bias")}
+    return {f"{part}_{matrix}": f"{matrix}.{part}" for matrix in twin.matrices for part in ("weight", "bias")}
+
+
+def _is_split(twin: nn.Module) -> bool:
+    return all(isinstance(child, nn.Linear) for child in twin.children())
+
+
 def _composites(model: nn.Module) -> set[nn.Module]:
-    """Layers inside of `model` that can be split. A convolution whose weight another module has too cannot: the copies
-    would part."""
+    """Layers inside of `model` that can be split.
+
+    Neither a convolution whose weight another module has too, as the copies would part, nor one that is an adapter, or
+    has one on it that reads its weight.
+    """
+    taken = adapter_modules(model) | adapted_layers(model).keys()
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return {
         module
         for module in model.modules()
         if is_composite(module)
         and module is not model
+        and module not in taken
         and not (isinstance(module, nn.Conv1d) and owners[id(module.weight)] > 1)
     }
 

@@ -37,10 +37,12 @@ from ..checkpoint import (
 from ..formats.block import INDEX_DTYPE
 from ..layer_entries import LayerEntry
 from ..layers import NMLinear, SparseLinear
+from ..layers.adapters import has_adapters
 from ..layers.composite import join_composites_, replace_modules, split_composites_
 from ..layers.compressed_linear import CompressedLinear
 from ..layers.incoming import watch_incoming_
 from ..ops.nm_linear import pack
+from ..prune.masked import BESIDE_WEIGHTS
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
 from .hf_saving import allow_loading, attach, describe_in_config, strip_config
@@ -160,6 +162,10 @@ class SparseNlpQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What model.save_pretrained writes; the config, written after this, gets the matching description."""
+        if has_adapters(model) and not getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"save_pretrained: expected a {type(model).__name__} without adapters, got one; save the PeftModel"
+            )
         state, description = to_disk(model, keep_tied=True, state=self.state_to_save)
         self.quantization_config = SparseNlpConfig(**description)
         describe_in_config(model.config, self.quantization_config)
@@ -206,7 +212,8 @@ def load(directory: Path, config: Mapping[str, Any], model_class: Any = None, **
     """Build the class that config.json names (one of transformers' or ours) or `model_class`, and load it.
 
     Raises CheckpointError where transformers alone would only warn: missing or mismatched tensors, and for the
-    class that config.json names (another one may well leave a head out) tensors that the model does not have.
+    class that config.json names (another one may well leave a head out) tensors that the model does not have; the
+    masks that transformers' own save_pretrained leaves beside the weights are not needed.
     """
     cls = _class_of(directory, config) if model_class is None else model_class
     kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -214,6 +221,7 @@ def load(directory: Path, config: Mapping[str, Any], model_class: Any = None, **
         model, info = cls.from_pretrained(directory, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"{directory}: expected a safetensors file, got {error}") from None
+    info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not BESIDE_WEIGHTS.search(name)}
     for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if model_class is None else [])):
         if info[kind]:
             raise CheckpointError(f"{directory}: expected the tensors of {cls.__name__}, got {kind} {min(info[kind])}")

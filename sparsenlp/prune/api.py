@@ -6,13 +6,24 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from ..layers.composite import join_composites_, on_split
+from ..report import torch_pruned
 from .criteria import Criterion, find_criterion
-from .layers import FilterFn, Mask, mask_of, masked_layers, prunable, torch_mask_of, trainable_weight, unparametrize
+from .layers import (
+    FilterFn,
+    Mask,
+    mask_of,
+    masked_layers,
+    prunable,
+    say_left_alone,
+    torch_mask_of,
+    trainable_weight,
+)
+from .masked import put_mask_, take_mask_
 from .masks import MASKS, Threshold, check_sparsity
+from .movement import harden_
 from .patterns import Pattern
 from .scores import score_layers
 from .statistics import LayerStatistics
@@ -37,14 +48,17 @@ def prune_(
     criterion    "magnitude", "taylor", ...: a name in CRITERIA, or a Criterion
     scope        "local": the same sparsity in each layer; "row": in each row (of blocks) of each
                  layer; "global": one ranking for all, every layer keeps at least 1 %
-    filter_fn    (module, name) -> bool selects layers; by default all but heads, embeddings and routers, see `prunable`
+    filter_fn    (module, name) -> bool selects layers; by default all but heads, embeddings, routers and adapters, see
+                 `prunable`; what it cannot prune although it holds matrices is said in a warning
     statistics   what the criterion needs to know of each selected layer, by name: a collector
                  such as GradientStatistics, or `fisher_from_adam`
     aggregation  of the scores in a unit: "sum", "l2" or "mean"; by default the criterion's
     returns      layer name -> sparsity
 
     A mask is a parametrization of the weight (weight = original * mask): it holds through optimizer
-    steps, state_dict, deepcopy and `to`. A second call tightens the masks: what is pruned stays
+    steps, state_dict, deepcopy and `to`. The state dict also has the masked `weight` itself, so that what is saved
+    with masks on loads into a model without them. Nothing can be written into a masked weight (RuntimeError), as
+    merging an adapter would: call `finalize_` before. A second call tightens the masks: what is pruned stays
     pruned, so a lower sparsity changes nothing. `finalize_` makes the zeros permanent. Masks of
     torch.nn.utils.prune are taken over. Selected layers that share one weight share its mask, which
     the statistics of the first of them decide. An nn.LSTM or nn.GRU becomes a SparseLSTM or SparseGRU
@@ -64,6 +78,7 @@ def prune_(
     if scope not in MASKS:
         raise ValueError(f"scope: expected one of {', '.join(MASKS)}, got {scope}")
     layers = prunable(model, filter_fn)
+    say_left_alone(model, filter_fn)
     owners = owners_of(model, layers)
     previous = present_masks(layers, pattern, owners)
     scores = score_layers({name: layers[name] for name in dict.fromkeys(owners.values())}, criterion, statistics)
@@ -90,11 +105,16 @@ def mask_zeros_(model: nn.Module, pattern: Pattern, filter_fn: FilterFn | None =
 def finalize_(model: nn.Module) -> nn.Module:
     """Write the zeros of every mask, and int8 rounding, into its weight and remove the masks; returns `model`.
 
+    Movement masks are hardened first; masks of torch.nn.utils.prune are removed in the same way, on any module.
     What remains are ordinary modules with the same Parameters as before, in their order; recurrent layers and
     convolutions are torch's own again (these with a new weight). A model without masks is returned as it is.
     """
+    harden_(model)
     for layer in masked_layers(model).values():
-        unparametrize(layer, keep_zeros=True)
+        take_mask_(layer, keep_zeros=True)
+    for module in model.modules():
+        for name in torch_pruned(module):
+            torch_prune.remove(module, name)
     return join_composites_(model)
 
 
@@ -174,4 +194,4 @@ def set_mask(layer: nn.Linear, mask: Tensor, pattern: Pattern) -> None:
         return
     if torch_mask_of(layer) is not None:
         torch_prune.remove(layer, "weight")
-    parametrize.register_parametrization(layer, "weight", Mask(mask, str(pattern)))
+    put_mask_(layer, Mask(mask, str(pattern)))

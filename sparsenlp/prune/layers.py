@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from ..layers.adapters import adapter_modules
 from ..layers.composite import named_layers
+from ..report import torch_pruned
+from .masked import computed, put_mask_
 from .selection import body, is_router, is_task_part
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 class Mask(nn.Module):
     """Parametrization weight -> weight * mask, with the mask (N, K) a bool buffer.
 
-    It follows state_dict, deepcopy and device moves; a dtype change leaves it bool.
+    It follows state_dict, deepcopy and device moves; a dtype change leaves it bool. `put_mask_` puts it on.
     """
 
     mask: Tensor
@@ -33,7 +37,7 @@ class Mask(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
+        return computed(weight * self.mask)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to a masked weight stores the new values as they are; the mask stays."""
@@ -41,17 +45,6 @@ class Mask(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pattern={self.pattern}, sparsity={1 - self.mask.float().mean().item():.3f}"
-
-
-def unparametrize(layer: nn.Linear, keep_zeros: bool) -> None:
-    """Make the weight an ordinary parameter again, first of all as nn.Linear has it; with the mask's zeros or without.
-
-    Optimizers and norms of gradients go by the order of parameters, and so does what training rounds to.
-    """
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_zeros)
-    parameters = layer._parameters
-    for name in [name for name in parameters if name != "weight"]:
-        parameters[name] = parameters.pop(name)
 
 
 def default_filter(module: nn.Module, name: str) -> bool:
@@ -70,8 +63,8 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     """The linear layers that `filter_fn(module, name)` selects, by dotted name, in the model's order.
 
     `filter_fn` is asked about nn.Linear modules only. By default those are selected that `default_filter` accepts, that
-    no head of a transformers model holds (what is outside of its base model, and its output embeddings), and whose
-    weight no embedding or head shares. The matrices of an nn.LSTM or
+    no head of a transformers model holds (what is outside of its base model, and its output embeddings), whose weight
+    no embedding or head shares, and that are no adapter (see layers.adapters). The matrices of an nn.LSTM or
     nn.GRU (`lstm.ih_l0`, `lstm.hh_l0`, ...) come as views: their weights and gradients are those of the model; the
     filters of an nn.Conv1d (`conv.filters`) as a copy. Before masks or hooks are put on them,
     `layers.composite.split_composites_` must make them part of the model, as `prune_` and the solvers do by
@@ -80,7 +73,10 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     linears = {name: module for name, module in named_layers(model) if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError(f"prune: expected a model with nn.Linear layers, got none in {type(model).__name__}")
-    chosen = {name: module for name, module in linears.items() if (filter_fn or default_filter)(module, name)}
+    by_default = filter_fn in (None, default_filter)
+    adapters = adapter_modules(model) if by_default else set()
+    selects = filter_fn or default_filter
+    chosen = {name: m for name, m in linears.items() if m not in adapters and selects(m, name)}
     if filter_fn is None:
         chosen = body(model, chosen)
     if not chosen:
@@ -90,6 +86,32 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
             f"prune: expected filter_fn to select a layer, got none of {len(linears)} ({shown}, ...){hint}"
         )
     return chosen
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """{name of a module that holds matrices which the default filter cannot prune: why}, as `say_left_alone` says."""
+    adapters = adapter_modules(model)
+    views = {name.rpartition(".")[0] for name, _ in named_layers(model)}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if module in adapters:
+            if isinstance(module, nn.Linear) and default_filter(module, name):
+                reasons[name] = "part of an adapter; merge it, or choose it with filter_fn"
+        elif tensors := torch_pruned(module) if not isinstance(module, nn.Linear) else []:
+            reasons[name] = f"{tensors[0]} carries a mask of torch.nn.utils.prune; finalize_ makes its zeros plain"
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Conv1d) and name not in views:
+            reasons[name] = f"a {kind} as it is here cannot be split into linear matrices"
+    return reasons
+
+
+def say_left_alone(model: nn.Module, filter_fn: FilterFn | None) -> None:
+    """Warn about what the default filter leaves dense and a user may not expect."""
+    reasons = left_alone(model) if filter_fn in (None, default_filter) else {}
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, other in reasons.items() if other == reason]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        warnings.warn(f"prune: left alone: {', '.join(names[:2])}{more}: {reason}", stacklevel=4)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -128,6 +150,7 @@ def solvable(
     weight that is computed or tied to another selected layer's, and masks of another pattern.
     """
     layers = prunable(model, filter_fn)
+    say_left_alone(model, filter_fn)
     owners: dict[Tensor, str] = {}
     for name, layer in layers.items():
         try:
@@ -159,7 +182,7 @@ def apply_solution_(layer: nn.Linear, mask: Tensor, weight: Tensor, pattern: Pat
     if present is not None:
         present.mask.copy_(mask)
     else:
-        parametrize.register_parametrization(layer, "weight", Mask(mask, str(pattern)))
+        put_mask_(layer, Mask(mask, str(pattern)))
 
 
 def masked_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..layers.composite import on_split
 from ..modes import evaluating
-from .layers import FilterFn, apply_solution_, mask_of, solvable, trainable_weight, unparametrize
+from .layers import FilterFn, apply_solution_, mask_of, solvable, trainable_weight
+from .masked import take_mask_
 from .masks import check_sparsity
 from .obs import exact_obs
 from .patterns import Block, Pattern
@@ -404,7 +405,7 @@ def _restorer(layer: nn.Linear) -> Callable[[], None]:
     def restore() -> None:
         if mask is None:
             if mask_of(layer) is not None:
-                unparametrize(layer, keep_zeros=False)
+                take_mask_(layer, keep_zeros=False)
         else:
             mask_of(layer).mask.copy_(mask)  # type: ignore[union-attr]
         with torch.no_grad():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layers.composite import on_split
-from .layers import FilterFn, Mask, mask_of, prunable
+from .layers import FilterFn, Mask, mask_of, prunable, say_left_alone
+from .masked import computed, put_mask_, take_mask_
 from .masks import Threshold, check_sparsity, local_masks
 from .patterns import Block, Pattern, Unstructured
 
@@ -39,7 +40,7 @@ class MovementMask(nn.Module):
         if isinstance(self.pattern, Block):
             scores = scores.repeat_interleave(self.pattern.n, dim=0).repeat_interleave(self.pattern.k, dim=1)
         straight_through = self.mask() + (scores - scores.detach())
-        return weight * straight_through.to(weight.dtype)
+        return computed(weight * straight_through.to(weight.dtype))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to a masked weight stores the new values as they are; the scores stay."""
@@ -80,6 +81,7 @@ def movement_(
     if isinstance(sparsity, Threshold) and sparsity.absolute is None:
         raise ValueError(f"movement_: expected an absolute threshold, as scores are signed, got {sparsity}")
     layers = prunable(model, filter_fn)
+    say_left_alone(model, filter_fn)
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         try:
@@ -93,7 +95,7 @@ def movement_(
             raise ValueError(f"movement_: expected each layer to have its own weight, got one of {owner} and {name}")
     masks = {name: MovementMask(layer.weight, pattern, sparsity) for name, layer in layers.items()}
     for name, layer in layers.items():
-        parametrize.register_parametrization(layer, "weight", masks[name])
+        put_mask_(layer, masks[name])
     return masks
 
 
@@ -110,15 +112,15 @@ def harden_(model: nn.Module) -> nn.Module:
     The weights stay the same Parameters. Afterwards `prune_` may go on and `finalize_` ends.
     """
     for layer in model.modules():
-        movement = _movement_of(layer)
-        if movement is not None:
+        movement = movement_of(layer)
+        if movement is not None and isinstance(layer, nn.Linear):
             mask = movement.mask()
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            parametrize.register_parametrization(layer, "weight", Mask(mask, str(movement.pattern)))
+            take_mask_(layer, keep_zeros=False)
+            put_mask_(layer, Mask(mask, str(movement.pattern)))
     return model
 
 
-def _movement_of(layer: nn.Module) -> MovementMask | None:
+def movement_of(layer: nn.Module) -> MovementMask | None:
     if not isinstance(layer, nn.Linear) or not parametrize.is_parametrized(layer, "weight"):
         return None
     chain = cast(nn.ModuleDict, layer.parametrizations)["weight"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..prune.layers import mask_of
+from ..prune.masked import computed
 
 _SCALE_BITS = ~0x7F  # leaves a float32 scale 17 significant bits, so that its product with an int8 is exact
 
@@ -43,7 +44,7 @@ class RoundInt8(nn.Module):
     """Parametrization weight -> `round_to_int8(weight)` that comes after a Mask; it has no state of its own."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight)
+        return computed(_StraightThrough.apply(weight))
 
 
 def start_rounding(layers: Iterable[nn.Linear]) -> None:
