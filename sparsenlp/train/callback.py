@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..prune import CRITERIA, finalize_
 from ..prune.layers import FilterFn
@@ -22,7 +25,7 @@ except ImportError:
     ) from None
 
 STATISTICS_FILE = "sparsenlp_pruning.safetensors"
-"""In each checkpoint of the Trainer, beside the model's weights, which include the masks."""
+"""In each checkpoint of the Trainer, beside the model's weights and masks."""
 
 
 class PruningCallback(TrainerCallback):
@@ -41,8 +44,12 @@ class PruningCallback(TrainerCallback):
     interruption; it expects the checkpoint in args.output_dir. A model that was best before the masks
     were final is not counted as best.
 
+    Checkpoints, and what trainer.save_model or model.save_pretrained write while masks are on, hold the ordinary
+    weights with their zeros, which AutoModel loads, and beside them, for resuming, the masks and the values beneath;
+    after `finalize_` they are as small as those of a dense model. sparsenlp.save_pretrained refuses masks.
+
     Raises as `prune_`, with the model untouched, and when training begins ValueError for a
-    checkpoint without statistics or of a run with another config.
+    checkpoint without statistics, with damaged ones, or of a run with another config.
     """
 
     def __init__(
@@ -74,7 +81,9 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            save_file(self.pruner.state_dict(), _statistics_path(args, state), metadata={"config": repr(self.config)})
+            tensors = self.pruner.state_dict()
+            metadata = {"config": repr(self.config), "crc32": str(_crc32(tensors))}
+            save_file(tensors, _statistics_path(args, state), metadata=metadata)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.finalize:
@@ -86,11 +95,24 @@ class PruningCallback(TrainerCallback):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"PruningCallback: expected statistics of the checkpoint in {path}, got {error}") from None
         with file:
-            if (file.metadata() or {}).get("config") != repr(self.config):
+            metadata = file.metadata() or {}
+            if metadata.get("config") != repr(self.config):
                 raise ValueError(
                     f"PruningCallback: expected a checkpoint of a run with this config, got another in {path}"
                 )
-            self.pruner.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("crc32") != str(_crc32(tensors)):
+            raise ValueError(f"PruningCallback: expected statistics as they were saved, got damaged ones in {path}")
+        self.pruner.load_state_dict(tensors)
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> int:
+    """Over names and bytes."""
+    total = 0
+    for name in sorted(tensors):
+        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        total = crc32(content, crc32(name.encode(), total))
+    return total
 
 
 def _statistics_path(args: Any, state: Any) -> Path:

@@ -137,3 +137,38 @@ def test_a_criterion_of_inputs_is_refused(make_model):
     with pytest.raises(ValueError, match="PruningCallback: expected a criterion of weights or gradients, got wanda"):
         PruningCallback(model, PruningConfig(criterion="wanda"))
     assert not masked_layers(model)
+
+
+@pytest.mark.parametrize("finalize", [False, True])
+def test_what_the_trainer_saves_is_what_was_trained(make_model, make_data, tmp_path, finalize):
+    data, model = make_data(), make_model()
+    run = trainer(model, data, tmp_path, PruningCallback(model, CONFIG, finalize=finalize), save_steps=18)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    expected = model.eval()(**data.batch(range(8))).logits
+    for directory in (tmp_path / "final", tmp_path / "checkpoint-18"):
+        loaded = type(model).from_pretrained(directory)
+        assert torch.equal(loaded(**data.batch(range(8))).logits, expected)
+        assert sparsity_of(loaded) == pytest.approx(0.75, abs=1e-3)
+
+
+def test_the_best_model_comes_back_with_its_masks(make_model, make_data, tmp_path):
+    data, model = make_data(), make_model()
+    options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    run = trainer(model, data, tmp_path, PruningCallback(model, CONFIG), **options)
+    run.train()
+    best = type(model).from_pretrained(run.state.best_model_checkpoint)
+    assert torch.equal(model.eval()(**data.batch(range(8))).logits, best(**data.batch(range(8))).logits)
+    for name, layer in masked_layers(model).items():
+        assert torch.equal(layer.weight != 0, masks_of(model)[name]), name
+
+
+def test_damaged_statistics_are_refused(make_model, make_data, tmp_path):
+    data, model = make_data(), make_model()
+    trainer(model, data, tmp_path, PruningCallback(model, CONFIG), StopAt(4)).train()
+    path = tmp_path / "checkpoint-4" / callback_module.STATISTICS_FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="PruningCallback: expected statistics as they were saved, got damaged ones"):
+        trainer(model, data, tmp_path, PruningCallback(model, CONFIG)).train(resume_from_checkpoint=True)
