@@ -1,7 +1,7 @@
 """Prune NLP models into patterns the hardware likes, and really run them faster."""
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
-from .convert import SparsifyConfig, sparsify_
+from .convert import SparsifyConfig, densify_, sparsify_
 from .formats import BlockMask, BlockSparse, MaskRule
 from .layers import NMLinear, SparseConv1d, SparseGRU, SparseLinear, SparseLSTM
 from .models import connect_transformers
@@ -24,6 +24,7 @@ __all__ = [
     "SparseLinear",
     "SparsifyConfig",
     "__version__",
+    "densify_",
     "from_pretrained",
     "save_pretrained",
     "sparsify_",

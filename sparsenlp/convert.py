@@ -22,13 +22,16 @@ from .choose_encoders import choose_encoders_, first_tensor
 from .cost import CostModel
 from .formats.block import split_blocks
 from .layers import SparseEncoder
-from .layers.composite import Twin, is_composite, replace_modules
+from .layers.adapters import adapted_layers, adapter_modules, only_called
+from .layers.composite import Twin, is_composite, join_composites_, replace_modules
+from .layers.compressed_linear import CompressedLinear
 from .layers.encoder import FUSED_PRECISIONS
 from .layers.incoming import watch_incoming_
 from .measure import machine, use_threads
-from .models import after_conversion
-from .plan import MEASURES, BlockShape, OutputChange, Plan, PlanRow
-from .report import effective_weight
+from .models import after_conversion, after_densifying, before_densifying
+from .plan import MEASURES, BlockShape, CompositePlanRow, OutputChange, Plan, PlanRow
+from .prune.layers import left_alone
+from .report import effective_weight, is_masked, torch_pruned
 
 DEFAULT_BLOCKS = ((16, 1), (8, 1), (4, 1), (8, 2), (16, 16), (32, 32), (8, 8), (4, 4), (1, 1))
 WORTH_MEASURING = 2.5  # a block shape that stores this many times more values than another cannot win
@@ -98,8 +101,9 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
     """Replace nn.Linear, nn.LSTM, nn.GRU and nn.Conv1d that hold zeros by sparse layers where faster, in place.
 
     The zeros may come from any pruner; masks (sparsenlp.prune, torch.nn.utils.prune) are read as they
-    are now and burned in. Each layer is compared on the CPU, in its own dtype and with warm weights,
-    with every block shape that fits its zeros, as `config.measure` says; layers of the same shape and
+    are now and burned in. Adapters (see layers.adapters) stay as they are, and so does a layer that is all
+    zero but trainable: those zeros are not pruned ones. Each layer is compared on the CPU, in its own dtype and with
+    warm weights, with every block shape that fits its zeros, as `config.measure` says; layers of the same shape and
     alike densities share a measurement. Unless it is "off", no layer becomes sparse before layers like
     it have been timed and were faster. Biases are shared with the old layers, and a Linear used in
     several places stays shared. A recurrent layer or a convolution is timed and chosen as a whole, in one
@@ -121,13 +125,18 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
     weights = {name: effective_weight(layer) for name, layer in layers.items()}
     sparsity = {name: 1.0 - int(w.count_nonzero()) / max(w.numel(), 1) for name, w in weights.items()}
     sparsity |= {composite.name: composite.row.sparsity for composite in composites}
-    best = max(sparsity, key=lambda name: sparsity[name])
-    if sparsity[best] < config.min_sparsity:
+    unsplit = _unsplit(model, {composite.name for composite in composites}) if filter_fn is None else ()
+    unlearned = _unlearned(model)
+    pruned = {name: sparsity[name] for name, layer in layers.items() if id(layer) not in unlearned}
+    pruned |= {c.name: sparsity[c.name] for c in composites if not any(id(m) in unlearned for m in c.module.modules())}
+    best = max(pruned, key=lambda name: pruned[name], default=None)
+    if best is None or pruned[best] < config.min_sparsity:
+        got = "none" if best is None else f"at most {pruned[best]:.1%} ({best})"
+        why = "".join(f"; {row.name}: {row.reason}" for row in unsplit[:1])
         raise ValueError(
-            f"sparsify_: expected a layer with at least {config.min_sparsity:.0%} zeros, "
-            f"got at most {sparsity[best]:.1%} ({best}); prune first"
+            f"sparsify_: expected a layer with at least {config.min_sparsity:.0%} zeros, got {got}; prune first{why}"
         )
-    obstacles = _obstacles(model)
+    obstacles = _obstacles(model) | unlearned
     before = _observe(model, config)
     rows: list[PlanRow] = []
     replacements: dict[nn.Module, nn.Module] = {}
@@ -160,7 +169,7 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
             config.measure,
             len(chooser.measurements),
             chooser.model_errors,
-            composites=tuple(composite_rows),
+            composites=(*composite_rows, *unsplit),
         )
         replace_modules(model, replacements)
         try:
@@ -172,6 +181,34 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
         watch_incoming_(model)
         after_conversion(model)
     return replace(plan, encoders=encoders, change=_change(before, _observe(model, config)))
+
+
+@torch.no_grad()
+def densify_(model: nn.Module) -> nn.Module:
+    """Put torch's own layers in for sparse and fused ones, in place, the opposite of `sparsify_`; returns `model`.
+
+    The zeros are weights again, in new Parameters; int8 weights come back as the float32 that they stand for. Needed
+    before an adapter is merged into sparse layers, or attached to them.
+
+    Raises ValueError, with the model untouched, if the model is such a layer itself or one applies an activation.
+    """
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    for name, layer in sparse.items():
+        if layer is model:
+            raise ValueError(f"densify_: expected a model that contains layers, got a single {type(layer).__name__}")
+        if layer.activation != "none":
+            raise ValueError(f"densify_: expected {name} without an activation of its own, got {layer.activation}")
+    before_densifying(model)
+    dense: dict[nn.Module, nn.Module] = {}
+    for layer in sparse.values():
+        dense[layer] = linear = layer.to_dense()
+        linear.weight.requires_grad_(layer.values.requires_grad)
+        if layer.bias is not None:
+            linear.bias = layer.bias
+    replace_modules(model, dense)
+    join_composites_(model)
+    after_densifying(model)
+    return model
 
 
 def _observe(model: nn.Module, config: SparsifyConfig) -> tuple[Tensor | None, float | None]:
@@ -224,6 +261,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
 def _obstacles(model: nn.Module) -> dict[int, str]:
     """{id(linear, recurrent or convolution): why it must stay as it is}."""
     reasons = {}
+    adapted = adapted_layers(model)
     owners: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for module in model.modules():
         module = module.original if isinstance(module, SparseEncoder) else module
@@ -232,6 +270,9 @@ def _obstacles(model: nn.Module) -> dict[int, str]:
                 reasons[id(child)] = "weight is read by nn.TransformerEncoderLayer"
         if not _is_plain_linear(module) and not is_composite(module):
             continue
+        owner = adapted.get(module)
+        if owner is not None and not (isinstance(module, nn.Linear) and only_called(module, owner)):
+            reasons[id(module)] = "its weight is read by the adapter on it; merge that first"
         shared = [n for n, p in module.named_parameters() if owners[id(p)] > 1 and not n.endswith("bias")]
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if is_composite(module):
@@ -241,6 +282,37 @@ def _obstacles(model: nn.Module) -> dict[int, str]:
         elif any(not isinstance(hook, BasePruningMethod) for hook in hooks):
             reasons[id(module)] = "has forward hooks, which would be lost"
     return reasons
+
+
+def _unlearned(model: nn.Module) -> dict[int, str]:
+    """{id(layer whose zeros nobody pruned): why it must stay as it is}."""
+    adapters = adapter_modules(model)
+    reasons = {id(module): "part of an adapter, which stays as it is" for module in adapters}
+    for module in model.modules():
+        weights = [p for name, p in module._parameters.items() if p is not None and name.startswith("weight")]
+        linear = _is_plain_linear(module) and not is_masked(module)
+        trainable = any(weight.requires_grad for weight in weights)
+        if (linear or is_composite(module)) and trainable and not any(weight.any() for weight in weights):
+            reasons.setdefault(id(module), "all zero and yet to be trained; requires_grad_(False) if it was pruned")
+    return reasons
+
+
+def _unsplit(model: nn.Module, seen: set[str]) -> tuple[CompositePlanRow, ...]:
+    """Rows for recurrent layers and convolutions that cannot be taken apart as they are, but for those `seen`."""
+    rows = []
+    for name, reason in left_alone(model).items():
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) or name in seen:
+            continue
+        masks = {f"{tensor}_orig": getattr(module, f"{tensor}_mask") for tensor in torch_pruned(module)}
+        weights = [p * masks.get(n, 1) for n, p in module.named_parameters(recurse=False) if n.startswith("weight")]
+        count = sum(weight.numel() for weight in weights)
+        zeros = count - sum(int(weight.count_nonzero()) for weight in weights)
+        if count:
+            rows.append(
+                CompositePlanRow(name, type(module).__name__, count, weights[0].dtype, zeros / count, reason=reason)
+            )
+    return tuple(rows)
 
 
 def _draft(

@@ -1,12 +1,13 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from sparsenlp import SparseLinear, SparsifyConfig, sparsify_
+from sparsenlp import SparseLinear, SparsifyConfig, densify_, sparsify_
 from sparsenlp.convert import candidate_densities
 from sparsenlp.measure import Timing
 
@@ -131,11 +132,63 @@ def test_shapes_that_do_not_divide_are_no_candidates():
 
 
 def test_all_zero_layer(model, ids):
-    nn.init.zeros_(model.layers[0][0].weight)
+    nn.init.zeros_(model.layers[0][0].weight.requires_grad_(False))
     expected = model(ids)
     sparsify_(model, BY_PATTERN)
     assert model.layers[0][0].weight.nnz_blocks == 0
     torch.testing.assert_close(model(ids), expected)
+
+
+def test_a_layer_whose_zeros_are_yet_to_be_trained_stays_dense(model):
+    nn.init.zeros_(model.layers[0][0].weight)
+    plan = sparsify_(model, BY_PATTERN)
+    assert type(model.layers[0][0]) is nn.Linear
+    (row,) = [row for row in plan.rows if row.name == "layers.0.0"]
+    assert row.reason == "all zero and yet to be trained; requires_grad_(False) if it was pruned"
+    with pytest.raises(ValueError, match="expected a layer with at least 30% zeros, got at most"):
+        sparsify_(nn.Sequential(nn.Linear(8, 8), zeroed(nn.Linear(8, 8))), BY_PATTERN)
+
+
+def test_a_layer_that_masks_leave_nothing_of_becomes_sparse(model, ids):
+    prune.custom_from_mask(model.layers[0][0], "weight", torch.zeros_like(model.layers[0][0].weight))
+    expected = model(ids)
+    assert "layers.0.0" in sparsify_(model, BY_PATTERN).converted
+    torch.testing.assert_close(model(ids), expected)
+
+
+def zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def test_layers_that_cannot_be_taken_apart_have_a_row(model):
+    model.lstm = nn.LSTM(16, 16)
+    prune.l1_unstructured(model.lstm, "weight_hh_l0", 0.9)
+    plan = sparsify_(model, BY_PATTERN)
+    (row,) = plan.composites
+    assert (row.name, row.kind, row.block) == ("lstm", "LSTM", None)
+    assert row.sparsity == pytest.approx(0.45, abs=0.01)
+    assert row.reason.startswith("weight_hh_l0 carries a mask of torch.nn.utils.prune")
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_densify_is_the_way_back(model, ids, fuse):
+    expected = model(ids)
+    names = model.state_dict().keys()
+    sparsify_(model, replace(BY_PATTERN, fuse=fuse))
+    assert blocks_of(model)
+    assert densify_(model) is model
+    assert not blocks_of(model)
+    assert model.state_dict().keys() == names
+    torch.testing.assert_close(model(ids), expected)
+
+
+def test_densify_refuses_what_would_compute_something_else(model):
+    model.extra = SparseLinear.from_dense(nn.Linear(16, 16), (8, 1), activation="relu")
+    with pytest.raises(ValueError, match="densify_: expected extra without an activation of its own, got relu"):
+        densify_(model)
+    with pytest.raises(ValueError, match="densify_: expected a model that contains layers, got a single SparseLinear"):
+        densify_(model.extra)
 
 
 def test_filter_sees_module_and_name(model):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .stored_weight import StoredWeight
+
 INDEX_DTYPE = torch.int32
 LARGEST = torch.iinfo(INDEX_DTYPE).max
 """The largest size that indices can name: of a matrix, and of how many blocks are stored."""
@@ -18,7 +20,7 @@ INT8_UNIT = 4
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class BlockSparse:
+class BlockSparse(StoredWeight):
     """An N x K matrix of which only some n x k blocks are stored (torch's BSR, int32 indices).
 
     crow_indices  (N / n + 1,)   int32   block row r owns blocks crow_indices[r] .. crow_indices[r + 1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .block import check_sizes, validate_scales
+from .stored_weight import StoredWeight
 
 INDEX_DTYPE = torch.uint8
 PACKED_VALUES = 32
@@ -16,7 +17,7 @@ PACKED_VALUES = 32
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class NM:
+class NM(StoredWeight):
     """An N x K matrix of which n of every m consecutive values along K are stored.
 
     values   (N, K / m * n)         any floating dtype, or int8

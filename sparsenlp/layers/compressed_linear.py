@@ -39,7 +39,22 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The weight as a format; it shares the layer's tensors."""
+        """The weight as a format; it shares the layer's tensors.
+
+        Assigning to it is for code that puts back what it read, as peft does when it unloads an adapter.
+        """
+        return self._weight()
+
+    @weight.setter
+    def weight(self, weight: Any) -> None:
+        own = self._weight()
+        if type(weight) is not type(own) or weight.values is not own.values:
+            raise TypeError(
+                f"{type(self).__name__}: expected the layer's own weight, got {type(weight).__name__}; "
+                "densify_ makes the layer an nn.Linear, whose weight may be set"
+            )
+
+    def _weight(self) -> Any:
         raise NotImplementedError
 
     def check_content(self, tensors: dict[str, Tensor], scales: Tensor | None) -> None:

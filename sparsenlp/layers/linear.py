@@ -90,9 +90,7 @@ class SparseLinear(CompressedLinear):
             weight = weight * mask.to(weight.dtype)
         return cls._replacing(linear, BlockSparse.from_dense(weight, block, mask), activation)
 
-    @property
-    def weight(self) -> BlockSparse:
-        """The weight as a format; it shares the layer's tensors."""
+    def _weight(self) -> BlockSparse:
         shape = (self.out_features, self.in_features)
         return BlockSparse(self.crow_indices, self.col_indices, self.values, shape, self.scales)
 

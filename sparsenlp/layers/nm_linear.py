@@ -94,9 +94,7 @@ class NMLinear(CompressedLinear):
         """
         return cls._replacing(linear, NM.from_dense(linear.weight.detach(), pattern), activation)
 
-    @property
-    def weight(self) -> NM:
-        """The weight as a format; it shares the layer's tensors."""
+    def _weight(self) -> NM:
         return NM(self.values, self.indices, (self.out_features, self.in_features), self.pattern, self.scales)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -45,6 +45,26 @@ def after_conversion(model: nn.Module) -> None:
         attach(model)
 
 
+def before_densifying(model: nn.Module) -> None:
+    """Take fused encoders and decoders apart."""
+    from .encoders import unfuse_encoders_
+
+    unfuse_encoders_(model)
+    if has_fused_decoder(model):
+        from .decoders import unfuse_decoder_
+
+        unfuse_decoder_(model)
+
+
+def after_densifying(model: nn.Module) -> None:
+    """Let transformers models that hold no sparse layer any more save themselves as they always do."""
+    for module in model.modules():
+        if is_transformers_model(module):
+            from .hf import detach
+
+            detach(module)
+
+
 def has_fused_decoder(model: nn.Module) -> bool:
     """Whether the layers of a transformers decoder run as one op (models.decoders)."""
     if not is_transformers_model(model):
