@@ -110,7 +110,7 @@ def _crc32(tensors: Mapping[str, Tensor]) -> int:
     """Over names and bytes."""
     total = 0
     for name in sorted(tensors):
-        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         total = crc32(content, crc32(name.encode(), total))
     return total
 
