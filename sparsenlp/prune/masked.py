@@ -43,6 +43,12 @@ class ComputedWeight(Tensor):
     def __setitem__(self, key: Any, value: Any) -> None:
         _refuse()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError(_ADVICE)

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,8 @@ def test_a_masked_weight_is_an_ordinary_tensor_to_whoever_reads_it():
     weight = model[0].weight
     assert type(weight * 2) is type(weight.data) is type(weight.detach()) is type(model(X)) is torch.Tensor
     assert torch.equal(copy.deepcopy(model)[0].weight, weight)
+    assert type(copy.deepcopy(weight.detach())) is type(pickle.loads(pickle.dumps(weight))) is torch.Tensor
+    assert type(copy.deepcopy(masked().requires_grad_(False)[0].weight)) is torch.Tensor
     with torch.no_grad():
         model[0].weight = torch.ones_like(weight)
     assert torch.equal(model[0].weight, mask_of(model[0]).mask.float())
