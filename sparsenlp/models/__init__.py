@@ -58,11 +58,10 @@ def before_densifying(model: nn.Module) -> None:
 
 def after_densifying(model: nn.Module) -> None:
     """Let transformers models that hold no sparse layer any more save themselves as they always do."""
-    for module in model.modules():
-        if is_transformers_model(module):
-            from .hf import detach
+    if any(map(is_transformers_model, model.modules())):
+        from .hf_saving import detach
 
-            detach(module)
+        detach(model)
 
 
 def has_fused_decoder(model: nn.Module) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..prune import CRITERIA, finalize_
 from ..prune.layers import FilterFn
 from .config import PruningConfig
 from .gradual import GradualPruner, add_masks_
+from .state import SavedState, checksum
 
 try:
     from transformers import TrainerCallback
@@ -82,7 +80,7 @@ class PruningCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             tensors = self.pruner.state_dict()
-            metadata = {"config": repr(self.config), "crc32": str(_crc32(tensors))}
+            metadata = {"config": repr(self.config), "crc32": str(checksum(SavedState(0, tensors)))}
             save_file(tensors, _statistics_path(args, state), metadata=metadata)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -101,18 +99,9 @@ class PruningCallback(TrainerCallback):
                     f"PruningCallback: expected a checkpoint of a run with this config, got another in {path}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata.get("crc32") != str(_crc32(tensors)):
+        if metadata.get("crc32") != str(checksum(SavedState(0, tensors))):
             raise ValueError(f"PruningCallback: expected statistics as they were saved, got damaged ones in {path}")
         self.pruner.load_state_dict(tensors)
-
-
-def _crc32(tensors: Mapping[str, Tensor]) -> int:
-    """Over names and bytes."""
-    total = 0
-    for name in sorted(tensors):
-        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        total = crc32(content, crc32(name.encode(), total))
-    return total
 
 
 def _statistics_path(args: Any, state: Any) -> Path:

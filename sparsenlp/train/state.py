@@ -52,7 +52,7 @@ def identity_of(config: object, data: TokenizedDataset, model: nn.Module) -> str
 
 def write_state(path: Path, identity: str, state: SavedState) -> None:
     """Replace `path` in one rename, after all is on disk; if that fails the earlier file stays. Raises OSError."""
-    header = {"version": FORMAT_VERSION, "identity": identity, "step": state.step, "crc32": _checksum(state)}
+    header = {"version": FORMAT_VERSION, "identity": identity, "step": state.step, "crc32": checksum(state)}
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,12 +81,12 @@ def read_state(path: Path, identity: str) -> SavedState | None:
     with _opened(path, identity) as (header, file):
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     state = SavedState(header["step"], tensors)
-    if header["crc32"] != _checksum(state):
+    if header["crc32"] != checksum(state):
         raise ValueError(f"training state: expected the tensors that were written to {path}, got others; {_ANEW}")
     return state
 
 
-def _checksum(state: SavedState) -> int:
+def checksum(state: SavedState) -> int:
     """Over the step and the name, dtype, shape and bytes of each tensor."""
     crc = zlib.crc32(str(state.step).encode())
     for name, tensor in sorted(state.tensors.items()):
