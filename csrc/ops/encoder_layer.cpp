@@ -47,8 +47,8 @@ void check_tile(int64_t tile) {
 int64_t check_stream(const Tensor& stream, const Tensor& spans) {
   STD_TORCH_CHECK(is_plain(stream, ScalarType::Float, 3), "encoder_layer: expected a contiguous float32 stream (tiles, H, T)");
   check_tile(stream.size(2));
-  STD_TORCH_CHECK(is_plain(spans, ScalarType::Int, 2) && spans.size(0) == 3 && spans.size(1) == stream.size(0) * stream.size(2),
-                  "encoder_layer: expected contiguous int32 spans of shape (3, ", stream.size(0) * stream.size(2), ")");
+  STD_TORCH_CHECK(is_plain(spans, ScalarType::Int, 2) && spans.size(0) == 4 && spans.size(1) == stream.size(0) * stream.size(2),
+                  "encoder_layer: expected contiguous int32 spans of shape (4, ", stream.size(0) * stream.size(2), ")");
   const int64_t lanes = spans.size(1);
   const int32_t *source = ints(spans), *first = source + lanes, *last = first + lanes;
   int64_t tokens = lanes;
@@ -106,6 +106,10 @@ Tensor encoder_layer(
                     "encoder_layer: expected a contiguous float32 position_bias (heads, S, S), S at most ", kMostPositions);
     a.position_bias = static_cast<const float*>(position_bias->data_ptr());
     a.side = position_bias->size(1);
+    a.positions = ints(spans) + 3 * spans.size(1);
+    for (int64_t i = 0; i < a.tokens; i++)
+      STD_TORCH_CHECK(a.positions[i] >= 0 && a.positions[i] < a.side,
+                      "encoder_layer: expected a position_bias for position ", a.positions[i], ", got ", a.side, " positions");
   }
   STD_TORCH_CHECK(precision == "float32" || precision == "bfloat16",
                   "encoder_layer: expected precision float32 or bfloat16, got ", precision);
@@ -126,6 +130,8 @@ Tensor encoder_layer(
   a.queries = static_cast<float*>(operands.data_ptr());
   a.keys = a.queries + used * a.query.N;
   a.values = a.keys + used * a.key.N;
+  std::vector<uint8_t> strange(a.tiles);
+  a.strange = strange.data();
 
   Projection* const all[] = {&a.query, &a.key, &a.value, &a.output, &a.fc1, &a.fc2};
   int64_t weights = 0;
@@ -160,17 +166,22 @@ std::tuple<Tensor, Tensor> encoder_pack(const Tensor& x_any, const std::optional
   }
   const bool* real = kept ? static_cast<const bool*>(kept->data_ptr()) : nullptr;
   Tensor stream = empty({tiles, H, tile}, ScalarType::Float);
-  Tensor spans = empty({3, lanes}, ScalarType::Int);
+  Tensor spans = empty({4, lanes}, ScalarType::Int);
   int32_t *source = static_cast<int32_t*>(spans.data_ptr()), *first = source + lanes, *last = first + lanes;
+  int32_t* position = last + lanes;
   int64_t at = 0;
   for (int64_t b = 0; b < B; b++) {
-    const int64_t begin = at;
+    const bool* row = real ? real + b * S : nullptr;
+    if (row && !std::memchr(row, 1, S)) continue;
+    const int64_t begin = at, keys = row && !row[0] ? begin + 1 : begin;
     for (int64_t s = 0; s < S; s++)
-      if (!real || real[b * S + s]) source[at++] = static_cast<int32_t>(b * S + s);
-    STD_TORCH_CHECK(at > begin || S == 0, "encoder_pack: expected a token in every sequence, got none in sequence ", b);
-    for (int64_t i = begin; i < at; i++) first[i] = static_cast<int32_t>(begin), last[i] = static_cast<int32_t>(at);
+      if (!row || row[s] || s == 0) source[at] = static_cast<int32_t>(b * S + s), position[at++] = static_cast<int32_t>(s);
+    for (int64_t i = begin; i < at; i++) first[i] = static_cast<int32_t>(keys), last[i] = static_cast<int32_t>(at);
   }
-  for (int64_t i = at; i < lanes; i++) source[i] = -1, first[i] = at ? first[at - 1] : 0, last[i] = at ? last[at - 1] : 0;
+  for (int64_t i = at; i < lanes; i++) {
+    source[i] = -1;
+    for (int32_t* of : {first, last, position}) of[i] = at ? of[at - 1] : 0;
+  }
   EncoderRows a{};
   a.x = x.data_ptr();
   a.stream = static_cast<float*>(stream.data_ptr());

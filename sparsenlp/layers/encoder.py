@@ -69,7 +69,11 @@ class SparseEncoderLayer(nn.Module):
         return call(stream, spans, arguments(self.weights), position_bias, self.precision)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None) -> Tensor:
-        """x (B, S, H) float32 or bfloat16, mask (B, S) bool with True for real tokens; padding comes out as zeros."""
+        """x (B, S, H) float32 or bfloat16, mask (B, S) bool with True for real tokens.
+
+        Padding comes out as zeros, all of a sequence that is nothing else; but the first token of another sequence is
+        computed even if it is padding, as attending to the real ones, since heads read it.
+        """
         stream, spans = encoder_pack(x, mask, self.tile)
         stream = self.step(stream, spans, position_bias)
         return encoder_unpack(stream, spans, x.shape[0], x.shape[1], x.dtype)
@@ -147,7 +151,8 @@ class SparseEncoder(nn.Module):
 
     Fused are calls on a CPU for inference (eval mode; no gradients, autocast or forward hooks on what is inside)
     that ask for the last hidden state alone, with a mask that only hides padding; others run the original's forward.
-    Layers skip padding, and give zeros there. Subclasses know how a kind of encoder is called.
+    Layers skip padding, and give zeros there: everywhere in a sequence that is nothing else, and in others but for the
+    first token, which heads read. Subclasses know how a kind of encoder is called.
 
     The encoder and the original share their modules and hooks, so state dict, saving, loading and training are the
     original's. Fused layers read the tensors where they are, float32 copies apart (biases and norms of other dtypes),
@@ -209,7 +214,7 @@ class SparseEncoder(nn.Module):
             or torch.is_autocast_enabled("cpu")
         ):
             return False
-        if torch.is_grad_enabled() and not _exporting() and (x.requires_grad or self._trains()):
+        if torch.is_grad_enabled() and not exporting() and (x.requires_grad or self._trains()):
             return False
         return self._readable() and not self._observed()
 
@@ -364,6 +369,6 @@ def _has_parameters(module: nn.Module | None) -> bool:
     return module is not None and next(module.parameters(), None) is not None
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     """torch.export, which traces with gradients on and gives programs for inference."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..layers.encoder import SparseEncoder
-from .encoder_calls import asks_for_more
+from ..layers.encoder import SparseEncoder, exporting
+from .encoder_calls import UNREAD, asks_for_more
 from .instance_forward import InstanceForward
 
 OUTPUTS = {
@@ -30,7 +30,9 @@ OUTPUTS = {
 class BaseForward(InstanceForward):
     """Replaces the forward of a base model in OUTPUTS: inference for the last hidden state runs its parts directly.
 
-    Anything else runs the forward of its class. The result is the same.
+    Anything else runs the forward of its class. The result is the same. While a graph is traced, that forward would
+    turn any mask into one of four dimensions, which hides what it does; so masks of padding are read here, and one
+    that has four dimensions already runs the original layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,10 +46,12 @@ class BaseForward(InstanceForward):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if not args and not torch.compiler.is_compiling():
+        if not args:
             output = self._direct(input_ids, attention_mask, token_type_ids, kwargs)
             if output is not None:
                 return output
+        if torch.compiler.is_compiling() and isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+            kwargs[UNREAD] = True
         return self.original(input_ids, attention_mask, token_type_ids, *args, **kwargs)
 
     def _direct(self, input_ids: Any, mask: Any, token_type_ids: Any, others: dict[str, Any]) -> Any:
@@ -56,11 +60,11 @@ class BaseForward(InstanceForward):
         modules, settings = model._modules, vars(model.config)
         encoder: Any = modules["encoder"]
         if (
-            torch.is_grad_enabled()
+            (torch.is_grad_enabled() and not exporting())
             or model.training
-            or type(input_ids) is not Tensor
+            or not _is_plain(input_ids)
             or input_ids.dim() != 2
-            or not (mask is None or (type(mask) is Tensor and mask.shape == input_ids.shape))
+            or not (mask is None or (_is_plain(mask) and mask.shape == input_ids.shape))
             or others.get("return_dict") is False
             or asks_for_more(others, frozenset({"return_dict"}))
             or settings.get("output_hidden_states")
@@ -95,6 +99,11 @@ def restore_forward_(model: nn.Module) -> None:
     """Undo `shorten_forward_`."""
     if isinstance(vars(model).get("forward"), BaseForward):
         del model.__dict__["forward"]
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor of no subclass but those that stand for one in a graph."""
+    return type(tensor) is Tensor or (torch.compiler.is_compiling() and isinstance(tensor, Tensor))
 
 
 def _name(model: nn.Module) -> str:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.encoder import SparseEncoder
+from ..ops.encoder_layer import hides_the_same_keys, padding_keys
 
 MEANINGLESS = frozenset({"position_ids", "return_dict", "labels"})
 """Arguments of an encoder that its layers make nothing of."""
+UNREAD = "sparsenlp_mask_of_pairs"
+"""An argument of an encoder: its mask came from outside, and may be any while a graph is traced."""
 
 
 class ModuleEncoder(SparseEncoder):
@@ -28,9 +31,10 @@ class ModuleEncoder(SparseEncoder):
         return transformers_hooks_matter(hooks)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if args or asks_for_more(kwargs) or not self.fuses(hidden_states):
+        unread = kwargs.pop(UNREAD, False)
+        if unread or args or asks_for_more(kwargs) or not self.fuses(hidden_states):
             return self.original.forward(hidden_states, attention_mask, *args, **kwargs)
-        readable, mask = read_mask(attention_mask, hidden_states, contiguous=self.bias is not None)
+        readable, mask = read_mask(attention_mask, hidden_states)
         if not readable:
             return self.original.forward(hidden_states, attention_mask, *args, **kwargs)
         hidden_states = self.run(hidden_states, mask)
@@ -106,9 +110,12 @@ class TorchEncoder(SparseEncoder):
                 raise ValueError(
                     f"encoder: expected src_key_padding_mask of shape {tuple(x.shape[:2])}, got {tuple(padding.shape)}"
                 )
-            real = padding.logical_not()
-            if padding.is_floating_point() and not torch.compiler.is_compiling() and not hides_or_keeps(padding):
-                return None
+            if padding.is_floating_point():
+                readable, real = read_mask(padding, x, additive=True)
+                if not readable:
+                    return None
+            else:
+                real = padding.logical_not()
         x = self.run(x, real)
         return x if batch_first else x.transpose(0, 1)
 
@@ -146,13 +153,13 @@ def transformers_hooks_matter(hooks: Iterable[Callable]) -> bool:
     return bool(module._active_collector.get())
 
 
-def read_mask(mask: Any, x: Tensor, contiguous: bool = False) -> tuple[bool, Tensor | None]:
+def read_mask(mask: Any, x: Tensor, additive: bool = False) -> tuple[bool, Tensor | None]:
     """(whether an attention mask for x (B, S, H) only hides padding, (B, S) bool with True for real tokens or None).
 
-    mask   None; (B, S) bool or numbers, 0 for padding; or (B or 1, heads or 1, S or 1, S): bool, or numbers to add
-           to scores, 0 and the least of their dtype (or below). While tracing, what a mask holds is
-           not looked at: it is taken to hide the same keys from every query.
-    contiguous   require the real tokens of a row to have no padding between them
+    mask      None; (B, S) bool or numbers, 0 for padding; or (B or 1, heads or 1, S or 1, S): bool, or numbers to add
+              to scores, 0 and the least of their dtype (or below). While tracing, what it holds is not known yet: then
+              it is readable, and the graph raises RuntimeError where it does more than hide padding
+    additive  numbers in (B, S) are to be added to scores too
 
     Raises ValueError for another rank or length.
     """
@@ -168,24 +175,10 @@ def read_mask(mask: Any, x: Tensor, contiguous: bool = False) -> tuple[bool, Ten
             f"encoder: expected an attention mask of shape ({batch}, {length}) or ({batch}, 1, {length}, {length}), "
             f"got {tuple(mask.shape)}"
         )
-    tracing = torch.compiler.is_compiling()
-    if mask.dim() == 2:
+    if mask.dim() == 2 and not additive:
         keys = mask != 0
+    elif torch.compiler.is_compiling() or hides_the_same_keys(mask):
+        keys = padding_keys(mask)
     else:
-        row = mask[:, 0, 0]
-        keys = row if mask.dtype == torch.bool else row == 0
-        if not tracing and not (bool((mask == row[:, None, None]).all()) and hides_or_keeps(row)):
-            return False, None
-    keys = keys.expand(batch, length)
-    if contiguous and not tracing:
-        starts = keys[:, 1:] & ~keys[:, :-1]
-        if bool((starts.sum(dim=1) + keys[:, 0] > 1).any()):
-            return False, None
-    return True, keys
-
-
-def hides_or_keeps(mask: Tensor) -> bool:
-    """Whether a mask to add to scores does nothing else; a bool mask never does."""
-    if mask.dtype == torch.bool:
-        return True
-    return bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all())
+        return False, None
+    return True, keys.expand(batch, length)

@@ -2,9 +2,12 @@
 
 The stream has shape (tiles, H, T), float32: the tokens of all sequences stand one after the other without padding, T of
 them to a tile, features first. Only the last used tile may be part full, and tiles after it are unused: there
-are always enough for every token of the batch, so that no shape depends on the mask. `spans` (3, tiles * T), int32,
-says for each packed token which row b * S + s of the input it is (-1: none, an unused lane), and the first and
-one-past-last packed index of its sequence, which is what it attends to.
+are always enough for every token of the batch, so that no shape depends on the mask. `spans` (4, tiles * T), int32,
+says for each packed token which row b * S + s of the input it is (-1: none, an unused lane), the first and
+one-past-last packed index of what it attends to, which are the real tokens of its sequence, and its position s.
+
+The first token of a sequence is packed even if it is padding, unless all of its sequence is: poolers and heads read
+it. It attends to the real tokens, and none attends to it.
 """
 
 from __future__ import annotations
@@ -35,10 +38,9 @@ def encoder_pack(
     mask     (B, S)                bool, True for a real token; None: all are
     tile     T, tokens in a tile: 16 or 32
     returns  stream (tiles, H, T)  float32, zeros in unused lanes; tiles = ceil(B * S / T)
-             spans (3, tiles * T)  int32; unused lanes have the span of the last token
+             spans (4, tiles * T)  int32; unused lanes have the span and position of the last token
 
-    Raises TypeError or ValueError if dtypes, shapes, devices or T are others, or (unless it is being traced)
-    a row has no token.
+    Raises TypeError or ValueError if dtypes, shapes, devices or T are others.
     """
     if x.dim() != 3:
         raise ValueError(f"encoder_pack: expected x of shape (B, S, H), got {tuple(x.shape)}")
@@ -54,7 +56,7 @@ def encoder_pack(
 
 
 def check_mask(mask: Tensor, x: Tensor) -> None:
-    """Raise TypeError or ValueError unless `mask` is a bool for each token of x (B, S, H), and no row without one."""
+    """Raise TypeError or ValueError unless `mask` is a bool for each token of x (B, S, H)."""
     if mask.dtype != torch.bool:
         raise TypeError(f"encoder_pack: expected a mask of dtype torch.bool, got {mask.dtype}")
     if mask.shape != x.shape[:2] or mask.device != x.device:
@@ -62,9 +64,36 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
             f"encoder_pack: expected a mask of shape {tuple(x.shape[:2])} on {x.device}, "
             f"got {tuple(mask.shape)} on {mask.device}"
         )
-    if not torch.compiler.is_compiling() and not bool((filled := mask.any(dim=1)).all()):
-        row = filled.logical_not().nonzero()[0].item()
-        raise ValueError(f"encoder_pack: expected a token in every row of the mask, got only padding in row {row}")
+
+
+def padding_keys(mask: Tensor) -> Tensor:
+    """The keys that a mask of attention leaves, (B or 1, S) bool, where all it does is to hide padding.
+
+    mask  (B or 1, S) or (B or 1, heads or 1, queries or 1, S): bool, or numbers to add to scores
+
+    Raises RuntimeError for a mask that hides other keys from one query or head than from another, or has other numbers
+    than 0 and the least of its dtype or below. It is an op, so that a compiled or exported graph looks too.
+    """
+    return _keys_op(mask)
+
+
+def hides_the_same_keys(mask: Tensor) -> bool:
+    """Whether `padding_keys` can read this mask."""
+    row = mask[:, 0, 0] if mask.dim() == 4 else mask
+    if mask.dim() == 4 and not bool((mask == row[:, None, None]).all()):
+        return False
+    return mask.dtype == torch.bool or bool(((row == 0) | (row <= torch.finfo(mask.dtype).min)).all())
+
+
+def _padding_keys(mask: Tensor) -> Tensor:
+    if not hides_the_same_keys(mask):
+        raise RuntimeError(
+            "encoder: expected a mask that hides the same padding from all queries and heads, which is all that fused "
+            f"layers know, got another mask {tuple(mask.shape)} in a compiled or exported graph; call the model "
+            "uncompiled, where such a mask runs the original layers, or unfuse_encoders_ it before it is traced"
+        )
+    row = mask[:, 0, 0] if mask.dim() == 4 else mask
+    return row.clone() if mask.dtype == torch.bool else row == 0
 
 
 def encoder_unpack(
@@ -75,7 +104,7 @@ def encoder_unpack(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """(B, S, H) in float32 or bfloat16 again, with zeros where there was padding.
+    """(B, S, H) in float32 or bfloat16 again, with zeros where nothing was packed.
 
     Raises TypeError or ValueError if stream and spans are not what `encoder_pack` gives for (B, S).
     """
@@ -107,10 +136,10 @@ def encoder_layer(
     pre-norm:  x1 = x + O attention(Q LN1 x, ...),       y = x1 + fc2 act(fc1 LN2 x1)
 
     stream         (tiles, H, T)      float32
-    spans          (3, tiles * T)     int32
+    spans          (4, tiles * T)     int32
     weights        one dtype for all six projections: float32, bfloat16 or int8; an activation of `bsr_linear`
-    position_bias  (heads, S, S)      float32, added to the scaled scores of [head, query, key], by place in
-                                      the sequence; S at least the longest sequence
+    position_bias  (heads, S, S)      float32, added to the scaled scores of [head, query, key], by position in
+                                      the sequence; S more than any position
     precision      of attention and of activations on their way: "float32", or "bfloat16" for bfloat16 and int8 weights
     backend        None chooses: "native" on a CPU where the extension has it, else "reference"
     returns        (tiles, H, T)      float32; unused lanes hold numbers without a meaning
@@ -227,9 +256,9 @@ def _check_stream(op: str, stream: Tensor, spans: Tensor) -> None:
             f"{op}: expected a float32 stream of shape (tiles, H, 16 or 32), got {tuple(stream.shape)} {stream.dtype}"
         )
     tokens = stream.shape[0] * stream.shape[2]
-    if spans.shape != (3, tokens) or spans.dtype != torch.int32 or spans.device != stream.device:
+    if spans.shape != (4, tokens) or spans.dtype != torch.int32 or spans.device != stream.device:
         raise ValueError(
-            f"{op}: expected int32 spans of shape (3, {tokens}) on {stream.device}, "
+            f"{op}: expected int32 spans of shape (4, {tokens}) on {stream.device}, "
             f"got {tuple(spans.shape)} {spans.dtype} on {spans.device}"
         )
 
@@ -265,6 +294,7 @@ def _choose(op: str, x: Tensor, backend: str | None) -> str:
 
 _PROJECTIONS = "Tensor[] query, Tensor[] key, Tensor[] value, Tensor[] output, Tensor[] fc1, Tensor[] fc2"
 _SCHEMAS = {
+    "padding_keys": "(Tensor mask) -> Tensor",
     "encoder_pack": "(Tensor x, Tensor? mask, int tile) -> (Tensor stream, Tensor spans)",
     "encoder_layer": f"(Tensor stream, Tensor spans, {_PROJECTIONS}, Tensor[] norms, int[] query_rows, "
     "int[] value_rows, float scale, str activation, float eps, bool pre_norm, Tensor? position_bias=None, "
@@ -273,6 +303,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"sparsenlp::{_name}", _schema)
+_keys_op = torch.ops.sparsenlp.padding_keys.default
 _pack_op = torch.ops.sparsenlp.encoder_pack.default
 _layer_op = torch.ops.sparsenlp.encoder_layer.default
 _unpack_op = torch.ops.sparsenlp.encoder_unpack.default
@@ -280,17 +311,23 @@ _reference_pack = on_one_device("encoder_pack", reference.encoder_pack)
 _reference_layer = on_one_device("encoder_layer", reference.encoder_layer)
 _reference_unpack = on_one_device("encoder_unpack", reference.encoder_unpack)
 
+torch.library.impl("sparsenlp::padding_keys", "default", _padding_keys)
 if not native_runs():
     torch.library.impl("sparsenlp::encoder_pack", "cpu", reference.encoder_pack)
     torch.library.impl("sparsenlp::encoder_layer", "cpu", reference.encoder_layer)
     torch.library.impl("sparsenlp::encoder_unpack", "cpu", reference.encoder_unpack)
 
 
+@register_fake("padding_keys")
+def _fake_keys(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], mask.shape[-1], dtype=torch.bool)
+
+
 @register_fake("encoder_pack")
 def _fake_pack(x: Tensor, mask: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
     tiles = (x.shape[0] * x.shape[1] + tile - 1) // tile
     stream = x.new_empty(tiles, x.shape[2], tile, dtype=torch.float32)
-    return stream, x.new_empty(3, tiles * tile, dtype=torch.int32)
+    return stream, x.new_empty(4, tiles * tile, dtype=torch.int32)
 
 
 @register_fake("encoder_layer")

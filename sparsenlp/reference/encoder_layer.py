@@ -12,28 +12,31 @@ from .bsr_linear import bsr_linear
 
 
 def encoder_pack(x: Tensor, mask: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
-    """The real tokens of x (B, S, H), one after the other: stream (tiles, H, tile) and spans (3, tiles * tile)."""
+    """The real tokens of x (B, S, H), one after the other: stream (tiles, H, tile) and spans (4, tiles * tile)."""
     batch, length, hidden = x.shape
     tiles = -(-batch * length // tile)
-    keep = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
+    keys = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
+    keep = keys.clone()
+    keep[:, :1] |= keys.any(dim=1, keepdim=True)
     source = keep.flatten().nonzero().flatten()
     ends = keep.sum(dim=1).cumsum(0)
     sequence = source // max(length, 1)
     used = source.numel()
     tokens = x.new_zeros(tiles * tile, hidden, dtype=torch.float32)
     tokens[:used] = x.reshape(-1, hidden)[source].float()
-    spans = torch.zeros(3, tiles * tile, dtype=torch.int32, device=x.device)
+    spans = torch.zeros(4, tiles * tile, dtype=torch.int32, device=x.device)
     spans[0, used:] = -1
     spans[0, :used] = source.int()
-    spans[1, :used] = (ends - keep.sum(dim=1))[sequence].int()
+    spans[1, :used] = (ends - keys.sum(dim=1))[sequence].int()
     spans[2, :used] = ends[sequence].int()
+    spans[3, :used] = (source % max(length, 1)).int()
     if used:
         spans[1:, used:] = spans[1:, used - 1 : used]
     return tokens.view(tiles, tile, hidden).transpose(1, 2).contiguous(), spans
 
 
 def encoder_unpack(stream: Tensor, spans: Tensor, batch: int, length: int, dtype: torch.dtype) -> Tensor:
-    """(B, S, H) in `dtype`, zeros where there was padding."""
+    """(B, S, H) in `dtype`, zeros where nothing was packed."""
     hidden = stream.shape[1]
     used = spans[0] >= 0
     x = stream.new_zeros(batch * length, hidden)
@@ -70,14 +73,15 @@ def encoder_layer(
         x = round_(x)
         q, k, v = (round_(project(x, projection)) for projection in (query, key, value))
         context = torch.zeros_like(v)
-        for first, last in _sequences(spans):
+        for queries, keys in _sequences(spans):
             for head in range(len(query_rows) - 1):
                 rows = slice(query_rows[head], query_rows[head + 1])
-                scores = scale * (q[first:last, rows] @ k[first:last, rows].t())
+                scores = scale * (q[queries, rows] @ k[keys, rows].t())
                 if position_bias is not None:
-                    scores = scores + position_bias[head, : last - first, : last - first].to(scores.dtype)
+                    bias = position_bias[head, spans[3, queries].long()][:, spans[3, keys].long()]
+                    scores = scores + bias.to(scores.dtype)
                 rows = slice(value_rows[head], value_rows[head + 1])
-                context[first:last, rows] = round_(scores.softmax(dim=1)) @ v[first:last, rows]
+                context[queries, rows] = round_(scores.softmax(dim=1)) @ v[keys, rows]
         return project(round_(context), output)
 
     def feed_forward(x: Tensor) -> Tensor:
@@ -105,10 +109,13 @@ def _tokens(stream: Tensor) -> Tensor:
     return stream.transpose(1, 2).flatten(0, 1)
 
 
-def _sequences(spans: Tensor) -> list[tuple[int, int]]:
-    """First and one-past-last packed index of each sequence."""
-    used = spans[1:, spans[0] >= 0]
-    return [(first, last) for first, last in used.unique_consecutive(dim=1).t().tolist()]
+def _sequences(spans: Tensor) -> list[tuple[slice, slice]]:
+    """The packed tokens of each sequence, and those among them that they attend to."""
+    used = spans[1:3, spans[0] >= 0]
+    keys, counts = used.unique_consecutive(dim=1, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    queries = map(slice, [0, *ends], ends)
+    return [(of, slice(first, last)) for of, (first, last) in zip(queries, keys.t().tolist(), strict=True)]
 
 
 def project(x: Tensor, projection: list[Tensor], activation: str = "none") -> Tensor:

@@ -1,4 +1,11 @@
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def new_graphs():
+    """A module's code is only compiled for eight models in a row."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -61,16 +61,134 @@ def test_image_models(name, calls):
     assert type(model.layers[1]).__name__.endswith("Layer")
 
 
-@pytest.mark.parametrize("name", ["bert", "mpnet", "distilbert"])
-@pytest.mark.parametrize("padding", ["left", "holes"])
+PADDING = {
+    "left": MASK.flip(1),
+    "holes": torch.tensor([[1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1]] * 4),
+    "first": torch.tensor([[0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0], [1] * 12] * 2),
+    "all": torch.cat([MASK[:2], torch.zeros_like(MASK[:1]), MASK.flip(1)[3:]]),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("padding", PADDING)
 def test_padding_elsewhere(name, padding, calls):
-    mask = MASK.flip(1) if padding == "left" else torch.tensor([[1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1]] * 4)
+    """The first tokens, which heads read, are those of the original even where they are padding."""
+    mask = PADDING[padding]
     model = sparse(build(TEXT[name]))
     expected = hidden(model, attention_mask=mask)
     fuse_encoders_(model)
     got = hidden(model, attention_mask=mask)
-    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=2e-5, atol=2e-5)
-    assert len(calls) == (0 if name == "mpnet" and padding == "holes" else 2)  # its bias goes by distance
+    read = mask.bool()
+    read[:, 0] = mask.any(dim=1)
+    torch.testing.assert_close(got[read], expected[read], rtol=2e-5, atol=2e-5)
+    assert not got[~read].any()
+    assert len(calls) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "mpnet"])
+def test_heads_on_left_padding(name, calls):
+    model = sparse(build(TEXT[name], "AutoModelForSequenceClassification"))
+    inputs = {"input_ids": IDS.flip(1), "attention_mask": MASK.flip(1)}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        fuse_encoders_(model)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=2e-5, atol=2e-5)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=2e-5, atol=2e-5)
+    assert len(calls) >= 2
+
+
+PARTS = (torch.arange(12) // 5)[:, None] == torch.arange(12) // 5
+OTHER_MASKS = {
+    "block-diagonal": PARTS.expand(4, 1, 12, 12),
+    "causal": torch.ones(12, 12).tril().bool().expand(4, 1, 12, 12),
+    "by head": torch.stack([PARTS, torch.ones_like(PARTS)]).expand(4, 2, 12, 12),
+    "added": torch.linspace(-2, 2, 12).expand(4, 1, 12, 12).contiguous(),
+    "added parts": torch.where(PARTS, 0.0, torch.finfo(torch.float32).min).expand(4, 1, 12, 12),
+    "of padding": MASK.bool()[:, None, None].expand(4, 1, 12, 12),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MASKS)
+@pytest.mark.parametrize("how", ["compile", "dynamic", "export"])
+def test_masks_of_four_dimensions_in_graphs(kind, how):
+    """BERT is asked which mask it was given: the original layers take any."""
+    model = sparse(build(TEXT["bert"]))
+    inputs = {"input_ids": IDS, "attention_mask": OTHER_MASKS[kind]}
+    expected = hidden(model, **inputs)
+    fuse_encoders_(model)
+    got = hidden(traced(model, inputs, how), **inputs)
+    read = MASK.bool() if kind == "of padding" else torch.ones_like(MASK).bool()
+    torch.testing.assert_close(got[read], expected[read], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", OTHER_MASKS)
+@pytest.mark.parametrize(("name", "how"), [("distilbert", "compile"), ("distilbert", "export"), ("mpnet", "compile")])
+def test_masks_of_four_dimensions_that_reach_an_encoder_in_graphs(name, how, kind):
+    """What a graph was made for is read when it runs: right, or refused."""
+    model = sparse(build(TEXT[name]))
+    mask = OTHER_MASKS[kind]
+    if mask.shape[1] == 2:
+        mask = mask.repeat_interleave(model.config.num_attention_heads // 2, 1)
+    if name == "mpnet" and mask.dtype == torch.bool:  # it only adds masks
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    inputs = {"input_ids": IDS, "attention_mask": mask}
+    expected = hidden(model, **inputs)
+    fuse_encoders_(model)
+    graph = traced(model, inputs, how)
+    if kind != "of padding":
+        with pytest.raises(RuntimeError, match="expected a mask that hides the same padding"):
+            hidden(graph, **inputs)
+        return
+    assert_same_tokens(hidden(graph, **inputs), expected)
+
+
+def traced(model, inputs, how):
+    if how == "export":
+        return torch.export.export(model, (), inputs).module()
+    return torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=how == "dynamic" or None)
+
+
+def test_a_list_of_layers_reads_masks_in_graphs():
+    model = sparse(build(IMAGE["vit"]))
+    fuse_encoders_(model)
+    x = torch.randn(2, 17, 32)
+    parts = torch.ones(17, 17).tril().bool().expand(2, 1, 17, 17)
+
+    def run(mask):
+        for layer in model.layers:
+            layer_output = layer(x, mask)
+        return layer_output
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(torch.ones_like(parts)), run(None), rtol=2e-5, atol=2e-5)
+        with pytest.raises(RuntimeError, match="expected a mask that hides the same padding"):
+            compiled(parts)
+
+
+def test_added_padding_of_torch_encoders_in_graphs():
+    model = nn.ModuleDict({"encoder": torch_encoder()})
+    fuse_encoders_(model)
+    x, padding = torch.randn(4, 12, 32), torch.zeros(4, 12).masked_fill(MASK == 0, -math.inf)
+    compiled = torch.compile(model["encoder"], fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model["encoder"](x, src_key_padding_mask=padding)
+        torch.testing.assert_close(compiled(x, src_key_padding_mask=padding), expected)
+        with pytest.raises(RuntimeError, match="expected a mask that hides the same padding"):
+            compiled(x, src_key_padding_mask=padding.clamp(min=-3))
+
+
+def test_sequences_of_padding_in_torch_encoders():
+    model = nn.ModuleDict({"encoder": torch_encoder()})
+    x, padding = torch.randn(3, 12, 32), MASK[:3] == 0
+    padding[1] = True
+    with torch.no_grad():
+        expected = model["encoder"](x, src_key_padding_mask=padding)
+        fuse_encoders_(model)
+        got = model["encoder"](x, src_key_padding_mask=padding)
+    assert not got[1].any()
+    torch.testing.assert_close(got[~padding], expected[~padding], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "mpnet"])

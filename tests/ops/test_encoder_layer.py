@@ -10,7 +10,8 @@ from encoder_cases import ENCODER_LAYER, RAGGED, EncoderLayerCase, encoder_cases
 from sparsenlp import BlockSparse, native
 from sparsenlp.formats.encoder import SparseProjection
 from sparsenlp.ops import encoder_layer, encoder_pack, encoder_unpack
-from sparsenlp.ops.encoder_layer import arguments, native_runs
+from sparsenlp.ops.encoder_layer import arguments, native_runs, padding_keys
+from sparsenlp.reference import encoder_layer as encoder_reference
 
 CASE = EncoderLayerCase(RAGGED)
 PACK_BACKENDS = ["reference", *["native"] * native_runs()]
@@ -59,23 +60,27 @@ def test_the_reference_is_the_textbook_formula():
 @pytest.mark.parametrize("tile", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pack_and_unpack(tile, dtype, backend):
-    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 1, 1]]).bool()
-    x = torch.randn(3, 5, 8).to(dtype)
-    x[~mask] = torch.nan
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 1, 1]]).bool()
+    packed = mask.clone()
+    packed[1, 0] = True  # heads read the first token of a sequence, padding or not
+    x = torch.randn(4, 5, 8).to(dtype)
+    x[~packed] = torch.nan
     poison(8 * tile)
     stream, spans = encoder_pack(x, mask, tile, backend=backend)
-    assert stream.shape == (1, 8, tile)
+    assert stream.shape == (-(-20 // tile), 8, tile)
     assert stream.dtype == torch.float32
     assert spans.dtype == torch.int32
-    unused = tile - 8
-    assert spans[0].tolist() == [0, 1, 2, 6, 10, 11, 13, 14] + [-1] * unused
-    assert spans[1].tolist() == [0, 0, 0, 3] + [4] * (4 + unused)
-    assert spans[2].tolist() == [3, 3, 3, 4] + [8] * (4 + unused)
-    assert torch.equal(stream[0, :, :8].t(), x[mask].float())
-    assert not stream[0, :, 8:].any()
+    unused = spans.shape[1] - 9
+    assert spans[0].tolist() == [0, 1, 2, 5, 6, 15, 16, 18, 19] + [-1] * unused
+    assert spans[1].tolist() == [0, 0, 0, 4, 4] + [5] * (4 + unused)
+    assert spans[2].tolist() == [3, 3, 3, 5, 5] + [9] * (4 + unused)
+    assert spans[3].tolist() == [0, 1, 2, 0, 1, 0, 1, 3, 4] + [4] * unused
+    assert torch.equal(stream[0, :, :9].t(), x[packed].float())
+    assert not stream[0, :, 9:].any()
+    assert not stream[1:].any()
     poison(x.numel())
-    y = encoder_unpack(stream, spans, 3, 5, dtype, backend=backend)
-    assert torch.equal(y, x.masked_fill(~mask[:, :, None], 0))
+    y = encoder_unpack(stream, spans, 4, 5, dtype, backend=backend)
+    assert torch.equal(y, x.masked_fill(~packed[:, :, None], 0))
 
 
 @pytest.mark.parametrize("backend", PACK_BACKENDS)
@@ -102,12 +107,122 @@ def test_tokens_do_not_depend_on_what_shares_the_batch(case, backend):
         torch.testing.assert_close(encoder_unpack(alone, spans, 1, length, backend=backend)[0], whole[row, :length])
 
 
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    each_backend(
+        "encoder_layer", [c for tile in (16, 32) for c in encoder_cases(lengths=(3, 150, 2, 7, 1), tile=tile)]
+    ),
+    indirect=["backend"],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_a_sequence_of_any_numbers_leaves_the_others_alone(case, value, backend):
+    """Whichever shares tiles of 16 or 32 tokens with it, before or after it, in one chunk of 128 keys or two."""
+    x, weights = case.x(), case.weights()
+
+    def run(x):
+        stream, spans = encoder_pack(x, case.mask(), case.tile, backend=backend)
+        for _ in range(2):
+            stream = encoder_layer(stream, spans, weights, None, case.precision, backend=backend)
+        return encoder_unpack(stream, spans, *x.shape[:2], backend=backend)
+
+    expected = run(x)
+    for strange in (0, 1, 4):
+        changed = x.clone()
+        changed[strange, 0, 1::3] = value
+        got = run(changed)
+        others = [row for row in range(len(x)) if row != strange]
+        assert torch.equal(got[others], expected[others])
+        if value != 1e30:
+            assert not got[strange, 0].isfinite().all()
+
+
+HOLES = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 1, 1], [1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    each_backend(
+        "encoder_layer", [c for bias in (False, True) for c in encoder_cases(lengths=(5,) * 5, position_bias=bias)]
+    ),
+    indirect=["backend"],
+)
+def test_masked_first_tokens_attend_to_the_real_ones(case, backend):
+    x, weights, bias = case.x(), case.weights(), case.bias()
+    stream, spans = encoder_pack(x, HOLES, case.tile, backend=backend)
+    y = encoder_layer(stream, spans, weights, bias, case.precision, backend=backend)
+    got = encoder_unpack(y, spans, 5, 5, backend=backend)
+    for row, mask in enumerate(HOLES):
+        packed = mask | (torch.arange(5) == 0) & mask.any()
+        assert not got[row, ~packed].any()
+        if mask.any():  # as torch attends: every token to the real ones
+            want = masked_layer(x[row].double(), mask, case)
+            torch.testing.assert_close(got[row, packed].double(), want[packed], **case.tolerance)
+
+
+def masked_layer(x, mask, case):
+    """What the layer gives for x (S, H) float64 by torch's own attention."""
+    w, bias = case.weights(), case.bias()
+    round_ = encoder_reference._ROUNDINGS[case.precision]
+
+    def project(x, projection, activation="none"):
+        return encoder_reference.project(round_(x), projection.tensors(), activation)
+
+    q, k, v = (round_(project(x, p)).unflatten(1, (2, 16)).transpose(0, 1) for p in (w.query, w.key, w.value))
+    scores = w.scale * q @ k.transpose(1, 2) + (0 if bias is None else bias.double())
+    context = round_(scores.masked_fill(~mask, -torch.inf).softmax(dim=2)) @ v
+
+    def normalize(x, norm):
+        return torch.nn.functional.layer_norm(x, x.shape[1:], *(t.double() for t in norm), w.eps)
+
+    x = normalize(x + project(context.transpose(0, 1).flatten(1), w.output), w.norm1)
+    return normalize(x + project(project(x, w.fc1, w.activation), w.fc2), w.norm2)
+
+
 @pytest.mark.parametrize("case", encoder_cases(position_bias=True, lengths=(16, 2, 30)), ids=str)
 def test_opcheck(case):
     stream, spans = encoder_pack(case.x(), case.mask(), case.tile)
     stream, spans = stream[:3].contiguous(), spans[:, : 3 * case.tile].contiguous()  # every lane is used
     inputs = (stream, spans, *arguments(case.weights()), case.bias(), case.precision)
     torch.library.opcheck(torch.ops.sparsenlp.encoder_layer.default, inputs)
+
+
+LEAST = torch.finfo(torch.float32).min
+KEYS = torch.tensor([[True, True, False], [False, True, False]])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        KEYS[:, None, None],
+        KEYS[:, None, None].expand(2, 4, 3, 3),
+        torch.where(KEYS, 0.0, LEAST)[:, None, None],
+        torch.where(KEYS, 0.0, -torch.inf)[:, None, None].expand(2, 1, 3, 3),
+        torch.where(KEYS, 0.0, -torch.inf),
+    ],
+)
+def test_keys_of_masks_that_hide_padding(mask):
+    assert torch.equal(padding_keys(mask), KEYS)
+    torch.library.opcheck(torch.ops.sparsenlp.padding_keys.default, (mask,))
+
+
+CAUSAL = torch.ones(3, 3).tril().bool()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        CAUSAL.expand(2, 1, 3, 3),
+        torch.where(CAUSAL, 0.0, LEAST).expand(2, 1, 3, 3),
+        torch.stack([torch.ones(3, 3).bool(), CAUSAL]).expand(2, 2, 3, 3),
+        torch.block_diag(torch.ones(2, 2), torch.ones(1, 1)).bool()[None, None],
+        torch.where(KEYS, 0.0, -1e4)[:, None, None],
+        torch.full((2, 1, 1, 3), torch.nan),
+        torch.where(KEYS, -1.0, LEAST),
+    ],
+)
+def test_masks_that_do_more_are_refused(mask):
+    with pytest.raises(RuntimeError, match=r"hides the same padding .*; call the model uncompiled"):
+        padding_keys(mask)
 
 
 def test_opcheck_pack_and_unpack():
@@ -157,7 +272,6 @@ def test_native_backend_without_extension(monkeypatch):
         ),
         ({"mask": torch.ones(4, 29).bool()}, ValueError, r"expected a mask of shape \(4, 30\) on cpu, got \(4, 29\)"),
         ({"mask": torch.ones(4, 30)}, TypeError, "expected a mask of dtype torch.bool, got torch.float32"),
-        ({"mask": torch.arange(4)[:, None].expand(4, 30) != 2}, ValueError, "got only padding in row 2"),
         ({"tile": 8}, ValueError, "expected tiles of 16 or 32 tokens, got 8"),
         ({"backend": "cudnn"}, ValueError, "expected a backend among native, reference, got 'cudnn'"),
     ],
@@ -172,7 +286,7 @@ def test_errors_of_pack(change, error, message):
     [
         ({"batch": 5}, ValueError, "expected 10 tiles of 16 tokens for a batch of 5 x 30, got 8"),
         ({"dtype": torch.float16}, TypeError, "expected dtype float32 or bfloat16, got torch.float16"),
-        ({"spans": torch.zeros(3, 7).int()}, ValueError, r"expected int32 spans of shape \(3, 128\) on cpu"),
+        ({"spans": torch.zeros(4, 7).int()}, ValueError, r"expected int32 spans of shape \(4, 128\) on cpu"),
     ],
 )
 def test_errors_of_unpack(change, error, message):
@@ -192,7 +306,7 @@ def sparse(rows, columns, dtype=torch.float32, bias_dtype=torch.float32):
         ({"stream": torch.zeros(8, 32, 8)}, ValueError, r"expected a float32 stream of shape \(tiles, H, 16 or 32\)"),
         ({"stream": torch.zeros(8, 40, 16)}, ValueError, r"expected a stream of H = 32, got \(8, 40, 16\)"),
         ({"stream": torch.zeros(8, 32, 16).double()}, ValueError, "expected a float32 stream .* torch.float64"),
-        ({"spans": torch.zeros(3, 128)}, ValueError, "expected int32 spans .* torch.float32"),
+        ({"spans": torch.zeros(4, 128)}, ValueError, "expected int32 spans .* torch.float32"),
         (
             {"position_bias": torch.zeros(3, 30, 30)},
             ValueError,

@@ -133,7 +133,7 @@ struct Backward {
     heads.for_tiles(row, inside, [&](int64_t tile, const uint8_t* pattern, const int32_t* real) __attribute__((always_inline)) {
       multiply_keys<F32, R>(
           queries + t, heads.key_tile(tile), T, a.width, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
-            Vec p = exp2_below(sum * (a.scale * kLog2e) - load(lse + t + r * kLanes));
+            Vec p = probability(sum * (a.scale * kLog2e) - load(lse + t + r * kLanes));
             if (pattern) p = attends(pattern + j * a.rows + t + r * kLanes) ? p : Vec{};
             if (real && real[j] < 0) p = Vec{};
             store(probabilities + j * W + r * kLanes, p);

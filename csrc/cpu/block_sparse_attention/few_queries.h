@@ -86,7 +86,7 @@ struct FewQueries {
     const float largest = score<Whole>(key, key_ld);
     Vec totals = {};
     for (int64_t p = 0; p < count; p += kLanes) {
-      const Vec weight = exp2_below(load(scores + p) - largest);
+      const Vec weight = probability(load(scores + p) - largest);
       store(scores + p, weight);
       totals += weight;
     }

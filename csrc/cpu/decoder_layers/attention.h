@@ -111,7 +111,8 @@ void attend_one(
   if (mask && most == -__builtin_inff()) return (void)memset(out, 0, D * sizeof(E));
   Vec total = {};
   for (int64_t p = 0; p < count; p += kLanes) {
-    const Vec raw = load(scores + p), weight = raw == splat(-__builtin_inff()) ? Vec{} : exp(raw - most);
+    const Vec below = load(scores + p) - most;
+    const Vec weight = below < splat(-87.3f) ? Vec{} : exp(below);  // else products with it may be subnormal
     store(scores + p, weight);
     total += weight;
   }

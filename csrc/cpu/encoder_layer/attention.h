@@ -23,6 +23,13 @@ constexpr float kLog2e = 1.44269504089f;
 constexpr float kMasked = -__builtin_inff();
 constexpr float kLowest = -1e30f;  // finite, so that kMasked - kLowest is no NaN
 
+// 2^x, and exactly 0 below 2^-126: a key that is not attended to adds nothing, and no product with it is subnormal,
+// which costs Intel a hundred cycles.
+SNLP_INLINE Vec probability(Vec x) {
+  const Vec p = exp2_below(x);
+  return x < splat(-126.0f) ? Vec{} : p;
+}
+
 // What a head's attention to a chunk of keys needs to know of the queries.
 template <int R>
 struct Queries {
@@ -49,6 +56,8 @@ Queries<R> queries_of(const Spans& spans, int64_t token0) {
   return q;
 }
 
+SNLP_INLINE bool is_finite(float value) { return value - value == 0; }
+
 SNLP_INLINE Vec gather(const float* table, VecI at) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_i32gather_ps((__m512i)at, table, 4);
@@ -62,18 +71,10 @@ SNLP_INLINE Vec gather(const float* table, VecI at) {
 }
 
 // The bias of kLanes queries (from packed token on) for a key, by their positions within their sequences.
-SNLP_INLINE Vec position_bias(const AttentionTiles& a, int head, int64_t token, VecI first, int64_t key) {
-  VecI q, k;
-  for (int i = 0; i < kLanes; i++) q[i] = (int32_t)token + i;
-  if (a.positions) {
-    q = load_lanes<int32_t, kLanes>(a.positions + token);
-    k = VecI{} + a.positions[key];
-  } else {
-    q -= first;
-    k = (int32_t)key - first;
-  }
+SNLP_INLINE Vec position_bias(const AttentionTiles& a, int head, int64_t token, int64_t key) {
+  const VecI q = load_lanes<int32_t, kLanes>(a.positions + token), k = VecI{} + a.positions[key];
   const int32_t side = (int32_t)a.side;
-  const VecI inside = (k >= 0) & (k < side) & (q < side);
+  const VecI inside = (k >= 0) & (k < side) & (q >= 0) & (q < side);
   const Vec bias = gather(a.position_bias + head * a.side * a.side, (q * side + k) & inside);
   return (Vec)((VecI)bias & inside);
 }
@@ -108,7 +109,7 @@ SNLP_INLINE void score_tile(
   multiply_keys<D, R>(query, key, a.T, dimensions, [&](int j, int r, Vec sum) __attribute__((always_inline)) {
     const int32_t at = (int32_t)(key0 + j);
     Vec s = sum * (a.scale * kLog2e);
-    if (a.position_bias) s += position_bias(a, head, token0 + r * kLanes, q.first[r], at) * kLog2e;
+    if (a.position_bias) s += position_bias(a, head, token0 + r * kLanes, at) * kLog2e;
     if (masked) s = ((q.first[r] <= at) & (q.last[r] > at)) ? s : splat(kMasked);
     largest[r] = max(largest[r], s);
     store(scores + j * W + r * kLanes, s);
@@ -153,7 +154,7 @@ struct Softmax {
   inline __attribute__((always_inline)) void weigh(float* scores, int64_t keys, const Vec before[R]) {
     Vec shrink[R];
     for (int r = 0; r < R; r++) {
-      shrink[r] = exp2_below(before[r] - largest[r]);
+      shrink[r] = probability(before[r] - largest[r]);
       total[r] *= shrink[r];
     }
     if (!first)
@@ -164,7 +165,7 @@ struct Softmax {
       for (int r = 0; r < R; r++) {
         float* at = scores + key * W + r * kLanes;
         for (int u = 0; u < D::kUnit; u++) {
-          const Vec p = exp2_below(load(at + u * W) - largest[r]);
+          const Vec p = probability(load(at + u * W) - largest[r]);
           total[r] += p;
           store(at + u * W, p);
         }
@@ -180,6 +181,30 @@ struct Softmax {
     for (; d < width; d++) add_values<D, R, 1>(words, values + d * T, T, context + d * W);
   }
 };
+
+// Softmax::add for a tile with values that are not finite: only queries that attend to their keys meet them, since 0 times
+// NaN is NaN.
+template <class D, int R>
+__attribute__((noinline)) void add_apart(
+    const Softmax<D, R>& softmax, const Queries<R>& q, int64_t key0, const float* words, const typename D::Element* values,
+    int T) {
+  constexpr int W = R * kLanes;
+  for (int64_t d = 0; d < softmax.width; d++, values += T) {
+    float* context = softmax.context + d * W;
+    typename D::Element finite[32];
+    for (int key = 0; key < T; key++) finite[key] = is_finite(to_float(values[key])) ? values[key] : typename D::Element{};
+    add_values<D, R, 1>(words, finite, T, context);
+    for (int key = 0; key < T; key++) {
+      const float value = to_float(values[key]);
+      if (is_finite(value)) continue;
+      const int32_t at = (int32_t)(key0 + key);
+      for (int r = 0; r < R; r++) {
+        const Vec sum = load(context + r * kLanes);
+        store(context + r * kLanes, ((q.first[r] <= at) & (q.last[r] > at)) ? sum + value : sum);
+      }
+    }
+  }
+}
 
 // out[value dimensions][T] at the W tokens from t on = attention of one head. scratch: W * (kChunk + value
 // dimensions) words.
@@ -204,8 +229,15 @@ void attend(const AttentionTiles& a, const Queries<R>& q, int64_t tile, int t, i
           a, head, q, tile * T + t, query, a.keys + (i * query_size + q0) * T, dimensions, i * T, scores + (i - from) * T * W,
           softmax.largest);
     softmax.weigh(scores, (to - from) * T, before);
-    for (int64_t i = from; i < to; i++)
-      softmax.add(scores + (i - from) * T / D::kUnit * W, (const E*)(a.values + i * value_size * T) + v0 * T, T);
+    for (int64_t i = from; i < to; i++) {
+      const float* words = scores + (i - from) * T / D::kUnit * W;
+      const E* values = (const E*)(a.values + i * value_size * T) + v0 * T;
+      const bool shared = i * T < q.all_from || (i + 1) * T > q.all_to;
+      if (shared && a.strange && a.strange[i])
+        add_apart<D, R>(softmax, q, i * T, words, values, T);
+      else
+        softmax.add(words, values, T);
+    }
   }
   Vec inverse[R];
   for (int r = 0; r < R; r++) inverse[r] = 1.0f / softmax.total[r];

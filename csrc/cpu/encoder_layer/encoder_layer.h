@@ -19,7 +19,7 @@ struct Projection {
 // Where the tokens of a stream come from and what they attend to, each `tiles * T`.
 struct Spans {
   const int32_t* source;  // row of x, -1 for a lane without a token; those are at the end
-  const int32_t* first;   // keys of a token: packed tokens [first, last)
+  const int32_t* first;   // keys of a token: packed tokens [first, last), which need not be among them
   const int32_t* last;
 };
 
@@ -28,7 +28,7 @@ constexpr int64_t kMostPositions = 46340;
 
 // What attention reads: heads, and the queries, keys and values of tokens in tiles of T.
 struct AttentionTiles {
-  const int32_t* positions;    // of each token in its sequence, or null: those in which tokens are packed
+  const int32_t* positions;    // of each token in its sequence; read with position_bias
   const int64_t* query_rows;   // heads + 1: head h owns rows [query_rows[h], query_rows[h + 1]) of queries and keys
   const int64_t* value_rows;   // heads + 1: the same of values
   const float* position_bias;  // heads x side x side, or null: added to the scores of (query, key) by their positions
@@ -37,6 +37,7 @@ struct AttentionTiles {
   int heads;
   float scale;
   float *queries, *keys, *values;  // of each tile, feature-major; 4-byte words
+  uint8_t* strange;  // of each tile: whether a value may not be finite; null where a tile holds one sequence
 };
 
 // The phases of a layer, each to be over for all parts before the next begins.

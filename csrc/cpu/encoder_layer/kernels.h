@@ -7,6 +7,9 @@
 
 namespace {
 
+// The bits of the least float that is infinite, or NaN, when it is rounded to bfloat16.
+constexpr int32_t kInfiniteHalf = 0x7f7f8000;
+
 // A part's scratch, cut up.
 struct Workspace : WordsScratch {
   float *norm, *context, *hidden, *residual, *attention;
@@ -51,7 +54,14 @@ void project_tile(const EncoderLayer& a, int64_t tile, Workspace& w) {
   project_to_operand<D, A, R>(a.key, words, a.T, a.keys + tile * a.key.N * a.T);
   if (takes_singles<D>(a.value) != takes_singles<D>(a.key)) words = words_for<D>(a.value, x, a.T, w);
   typename A::Element* values = (typename A::Element*)(a.values + tile * a.value.N * a.T);
-  project_to_rows<D, R>(a.value, words, a.T, values, [](Vec v, int64_t, int) { return v; });
+  VecI most = {};
+  project_to_rows<D, R>(a.value, words, a.T, values, [&](Vec v, int64_t, int) __attribute__((always_inline)) {
+    const VecI magnitude = (VecI)v & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+    return v;
+  });
+  a.strange[tile] = 0;
+  for (int i = 0; i < kLanes; i++) a.strange[tile] |= most[i] >= kInfiniteHalf;
 }
 
 // to = residual + p(x).
