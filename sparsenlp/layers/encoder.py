@@ -16,6 +16,7 @@ from ..formats import BlockSparse
 from ..formats.block import INDEX_DTYPE
 from ..formats.encoder import EncoderWeights, SparseProjection
 from ..ops.encoder_layer import TILES, arguments, call, check_weights, encoder_pack, encoder_unpack
+from ..ops.fingerprint import Watch
 from .incoming import take_incoming
 from .linear import SparseLinear
 
@@ -155,8 +156,11 @@ class SparseEncoder(nn.Module):
     first token, which heads read. Subclasses know how a kind of encoder is called.
 
     The encoder and the original share their modules and hooks, so state dict, saving, loading and training are the
-    original's. Fused layers read the tensors where they are, float32 copies apart (biases and norms of other dtypes),
-    and are gathered again after a tensor or module was replaced, or a copied tensor changed.
+    original's. Fused layers read the tensors where they are, copies apart (rounded weights, those without their dead
+    weight or zeros, biases and norms of other dtypes than float32), and are gathered again after a tensor or module was
+    replaced, a copied tensor changed, or the mode did (`train`, `eval`). An edit through `.data`, which no counter
+    sees, is noticed by a few elements of each copied tensor; if it changes fewer than all, `model.train().eval()` makes
+    the copies anew.
 
     original   the encoder, which no longer hangs in the model
     read       (layer, compress) -> its EncoderWeights; must be traceable unless `compress`
@@ -244,6 +248,8 @@ class SparseEncoder(nn.Module):
         return self._gathered.dead_weight if self._readable() and self._gathered is not None else []
 
     def train(self, mode: bool = True) -> SparseEncoder:
+        if mode != self.training:
+            self._gathered = None
         super().train(mode)
         self.original.training = mode
         return self
@@ -300,15 +306,17 @@ class _Gathered:
         self.namespaces = [m.__dict__ for m in modules[1:]]
         used = [(m._modules, name, c) for m in modules for name, c in m._modules.items() if _has_parameters(c)]
         self.module_places, self.modules = _places(used), [child for *_, child in used]
-        owned = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-        self.parameter_places = _places(owned)
-        parameters = [p for *_, p in owned]
-        self.kept = [p.detach() for p in parameters]  # so that no other tensor gets an address
-        self.addresses = [p.data_ptr() for p in parameters]
+        dicts = [d for m in modules for d in (m._parameters, m._buffers)]
+        owned = [(d, name, t) for d in dicts for name, t in d.items() if t is not None]
+        self.tensor_places = _places(owned)
+        tensors = [t for *_, t in owned]
+        self.kept = [t.detach() for t in tensors]  # so that no other tensor gets an address
+        self.addresses = [t.data_ptr() for t in tensors]
         shared = {t.data_ptr() for layer in self.layers for tensors in layer[:7] for t in tensors}
-        copied = encoder.compress or encoder.bias is not None
-        self.copied = [i for i, address in enumerate(self.addresses) if copied or address not in shared]
-        self.versions = self._versions(parameters)
+        self.copied = [i for i, at in enumerate(self.addresses) if encoder.compress or at not in shared]
+        self.versions = self._versions(tensors)
+        self.watch = Watch([self.kept[i] for i in self.copied])
+        self.fingerprint = self.watch.fingerprint()
         self.biases: tuple[int, list[Tensor]] | None = None
 
     def is_current(self) -> bool:
@@ -316,22 +324,23 @@ class _Gathered:
         try:  # once per forward: map is twice as fast as loops here
             if list(map(getitem, *self.module_places)) != self.modules:
                 return False
-            parameters: list[Any] = list(map(getitem, *self.parameter_places))
-            return (
-                list(map(Tensor.data_ptr, parameters)) == self.addresses and self._versions(parameters) == self.versions
-            )
+            tensors: list[Any] = list(map(getitem, *self.tensor_places))
+            if list(map(Tensor.data_ptr, tensors)) != self.addresses or self._versions(tensors) != self.versions:
+                return False
         except (KeyError, TypeError):  # one is gone, or None
             return False
+        return not self.copied or self.watch.fingerprint() == self.fingerprint
 
     def position_biases(self, encoder: SparseEncoder, x: Tensor) -> list[Any]:
         """For each layer, of the length of x (B, S, H); computed when the length changes."""
         if encoder.bias is None:
             return [None] * len(self.layers)
-        if self.biases is None or self.biases[0] != x.shape[1]:
+        biases = self.biases  # other threads may replace it
+        if biases is None or biases[0] != x.shape[1]:
             bias = encoder.bias(encoder.original, x)
             heads = [list(record.kept_heads) for record in self.dead_weight]
-            self.biases = x.shape[1], [bias if len(kept) == len(bias) else bias[kept] for kept in heads]
-        return self.biases[1]
+            self.biases = biases = x.shape[1], [bias if len(kept) == len(bias) else bias[kept] for kept in heads]
+        return biases[1]
 
     def _versions(self, tensors: list[Any]) -> list[int]:
         return [0 if tensors[i].is_inference() else tensors[i]._version for i in self.copied]
