@@ -160,7 +160,8 @@ class SparseEncoder(nn.Module):
     weight or zeros, biases and norms of other dtypes than float32), and are gathered again after a tensor or module was
     replaced, a copied tensor changed, or the mode did (`train`, `eval`). An edit through `.data`, which no counter
     sees, is noticed by a few elements of each copied tensor; if it changes fewer than all, `model.train().eval()` makes
-    the copies anew.
+    the copies anew. A compiled graph keeps the copies that it was made with where weights are quantized or compressed:
+    compile again after a change.
 
     original   the encoder, which no longer hangs in the model
     read       (layer, compress) -> its EncoderWeights; must be traceable unless `compress`
