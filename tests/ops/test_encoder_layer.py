@@ -107,11 +107,12 @@ def test_tokens_do_not_depend_on_what_shares_the_batch(case, backend):
         torch.testing.assert_close(encoder_unpack(alone, spans, 1, length, backend=backend)[0], whole[row, :length])
 
 
+MIXED = [c for tile in (16, 32) for c in encoder_cases(lengths=(3, 150, 2, 7, 1), tile=tile)]
+
+
 @pytest.mark.parametrize(
     ("backend", "case"),
-    each_backend(
-        "encoder_layer", [c for tile in (16, 32) for c in encoder_cases(lengths=(3, 150, 2, 7, 1), tile=tile)]
-    ),
+    [pair for pair in each_backend("encoder_layer", MIXED) if pair.values[0] != "reference"],  # which packs nothing
     indirect=["backend"],
 )
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
