@@ -142,11 +142,11 @@ def test_a_criterion_of_inputs_is_refused(make_model):
 @pytest.mark.parametrize("finalize", [False, True])
 def test_what_the_trainer_saves_is_what_was_trained(make_model, make_data, tmp_path, finalize):
     data, model = make_data(), make_model()
-    run = trainer(model, data, tmp_path, PruningCallback(model, CONFIG, finalize=finalize), save_steps=18)
+    run = trainer(model, data, tmp_path, PruningCallback(model, CONFIG, finalize=finalize), save_steps=24)
     run.train()
     run.save_model(str(tmp_path / "final"))
     expected = model.eval()(**data.batch(range(8))).logits
-    for directory in (tmp_path / "final", tmp_path / "checkpoint-18"):
+    for directory in (tmp_path / "final", tmp_path / "checkpoint-24"):
         loaded = type(model).from_pretrained(directory)
         assert torch.equal(loaded(**data.batch(range(8))).logits, expected)
         assert sparsity_of(loaded) == pytest.approx(0.75, abs=1e-3)
