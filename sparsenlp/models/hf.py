@@ -6,7 +6,9 @@ at module level it may only use what transformers.quantizers.auto uses.
 
 from __future__ import annotations
 
+import copy
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +45,7 @@ from ..layers.compressed_linear import CompressedLinear
 from ..layers.incoming import watch_incoming_
 from ..ops.nm_linear import pack
 from ..prune.masked import BESIDE_WEIGHTS
+from . import is_transformers_model
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
 from .hf_saving import allow_loading, attach, describe_in_config, strip_config
@@ -192,9 +195,12 @@ class SparseNlpQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        """Dense nn.Linear layers with zeros again."""
+        """Dense layers with zeros again, of the class that the model was built with."""
         sparse = [layer for layer in model.modules() if isinstance(layer, CompressedLinear)]
-        replace_modules(model, {layer: layer.to_dense() for layer in sparse})
+        transposed = _places_of_conv1d(model)
+        replace_modules(
+            model, {layer: _as_conv1d(layer) if layer in transposed else layer.to_dense() for layer in sparse}
+        )
         join_composites_(model)
         if isinstance(dtype, str):  # what saving leaves in the configuration
             dtype = getattr(torch, dtype)
@@ -292,6 +298,32 @@ def _show_dense_weight(layer: nn.Module, linear: Any) -> None:
 def _show_own_weight(layer: nn.Module) -> None:
     if "weight" in vars(type(layer)) and isinstance(vars(type(layer))["weight"], nn.Parameter):
         layer.__class__ = type(layer).__bases__[0]
+
+
+def _places_of_conv1d(model: nn.Module) -> set[nn.Module]:
+    """The modules that stand where transformers puts a Conv1D, whose weight is transposed in the state dict."""
+    from transformers.pytorch_utils import Conv1D
+
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        own: Any = module
+        if is_transformers_model(module) and hasattr(sys.modules[type(module).__module__], "Conv1D"):
+            with torch.device("meta"):
+                built = type(own)(copy.deepcopy(own.config))
+            names = {name for name, part in built.named_modules() if type(part) is Conv1D}
+            found |= {part for name, part in module.named_modules() if name in names}
+    return found
+
+
+def _as_conv1d(layer: CompressedLinear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    dense = layer.to_dense()
+    with torch.device("meta"):
+        conv1d = Conv1D(layer.out_features, layer.in_features)
+    conv1d.weight = nn.Parameter(dense.weight.detach().t().contiguous())
+    conv1d.bias = nn.Parameter(dense.weight.new_zeros(layer.out_features)) if dense.bias is None else dense.bias
+    return conv1d.train(layer.training)
 
 
 def _fuse_decoder_again(model: nn.Module) -> None:

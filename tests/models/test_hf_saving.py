@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsenlp import CheckpointError, SparseLinear, SparsifyConfig, from_pretrained, save_pretrained, sparsify_
+from sparsenlp.models.decoders import conv1d_to_linear_
 from sparsenlp.models.encoders import unfuse_encoders_
 from sparsenlp.prune import Block, finalize_, prune_
 
@@ -257,3 +258,19 @@ def test_no_door_without_us_gives_random_weights(tmp_path):
     ).stdout
     assert "NO ERROR" not in output
     assert output.count("`import sparsenlp` before from_pretrained") >= len(DOORS) - 2, output
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_gpt2_that_is_dense_again_keeps_the_layout_of_its_family(loaded, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    model = sparsified(conv1d_to_linear_(transformers.GPT2LMHeadModel(config)))
+    if loaded:
+        model.save_pretrained(tmp_path / "sparse")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    expected = hidden(model)
+    assert isinstance(model.transformer.h[0].attn.c_proj, SparseLinear)
+    model.dequantize()
+    torch.testing.assert_close(hidden(model), expected)
+    model.save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(hidden(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")), expected)
