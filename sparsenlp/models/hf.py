@@ -172,6 +172,7 @@ class SparseNlpQuantizer(HfQuantizer):
         state, description = to_disk(model, keep_tied=True, state=self.state_to_save)
         self.quantization_config = SparseNlpConfig(**description)
         describe_in_config(model.config, self.quantization_config)
+        model._weight_conversions = []  # transformers would write older names than those in the description
         return state, {}
 
     def update_attn_implementation(self, config: Any) -> Any:
