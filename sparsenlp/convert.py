@@ -5,15 +5,12 @@ Which layers and block shapes come into question, and the surgery, stand here; `
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 
 from .choose import RESULT_TOLERANCE, Candidate, Chooser, sparse_layer
 from .choose_composites import choose_composite, find_composites
@@ -21,14 +18,14 @@ from .choose_decoders import choose_decoder_
 from .choose_encoders import choose_encoders_, first_tensor
 from .cost import CostModel
 from .formats.block import split_blocks
-from .layers import SparseEncoder
-from .layers.adapters import adapted_layers, adapter_modules, only_called
+from .layers.adapters import adapter_modules
 from .layers.composite import Twin, is_composite, join_composites_, replace_modules
 from .layers.compressed_linear import CompressedLinear
 from .layers.encoder import FUSED_PRECISIONS
 from .layers.incoming import watch_incoming_
 from .measure import machine, use_threads
 from .models import after_conversion, after_densifying, before_densifying
+from .obstacles import is_plain_linear, obstacles, skipped_weights
 from .plan import MEASURES, BlockShape, CompositePlanRow, OutputChange, Plan, PlanRow
 from .prune.layers import left_alone
 from .report import effective_weight, is_masked, torch_pruned
@@ -133,16 +130,17 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
     if best is None or pruned[best] < config.min_sparsity:
         got = "none" if best is None else f"at most {pruned[best]:.1%} ({best})"
         why = "".join(f"; {row.name}: {row.reason}" for row in unsplit[:1])
+        why += "".join(f"; {row}" for row in skipped_weights(model))
         raise ValueError(
             f"sparsify_: expected a layer with at least {config.min_sparsity:.0%} zeros, got {got}; prune first{why}"
         )
-    obstacles = _obstacles(model) | unlearned
+    in_the_way = obstacles(model) | unlearned
     before = _observe(model, config)
     rows: list[PlanRow] = []
     replacements: dict[nn.Module, nn.Module] = {}
     with use_threads(config.threads) as threads, torch.no_grad():
         drafts = {
-            name: _draft(name, layer, weights[name], sparsity[name], obstacles.get(id(layer)), config)
+            name: _draft(name, layer, weights[name], sparsity[name], in_the_way.get(id(layer)), config)
             for name, layer in layers.items()
         }
         chooser = Chooser(config, threads, [(row.dtype, blocks) for row, blocks in drafts.values() if blocks])
@@ -156,7 +154,7 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
         composite_rows = []
         for composite in composites:
             densities = candidate_densities([*composite.weights.values()], config)
-            shared = next((obstacles[id(m)] for m in composite.module.modules() if id(m) in obstacles), None)
+            shared = next((in_the_way[id(m)] for m in composite.module.modules() if id(m) in in_the_way), None)
             chosen, twin = choose_composite(composite, densities, shared, config)
             composite_rows.append(chosen)
             if twin is not None:
@@ -170,6 +168,7 @@ def sparsify_(model: nn.Module, config: SparsifyConfig | None = None, filter_fn:
             len(chooser.measurements),
             chooser.model_errors,
             composites=(*composite_rows, *unsplit),
+            skipped=skipped_weights(model),
         )
         replace_modules(model, replacements)
         try:
@@ -239,49 +238,20 @@ def _change(
 
 def _considered(model: nn.Module, filter_fn: FilterFn | None, composites: bool) -> dict[str, nn.Linear]:
     """The layers of their own; there may be none if there are composites, whose matrices are not among them."""
-    if _is_plain_linear(model):
+    if is_plain_linear(model):
         raise ValueError("sparsify_: expected a model that contains nn.Linear layers, got a single nn.Linear; wrap it")
     inside = {child for module in model.modules() if isinstance(module, Twin) for child in module.children()}
     modules = {n: m for n, m in model.named_modules() if m not in inside}
-    linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and _is_plain_linear(m)}
+    linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and is_plain_linear(m)}
     if not linears and not composites:
-        raise ValueError(f"sparsify_: expected a model with nn.Linear layers, got none in {type(model).__name__}")
+        raise ValueError(
+            f"sparsify_: expected a model with nn.Linear layers, got none in {type(model).__name__}"
+            + "".join(f"; {row}" for row in skipped_weights(model))
+        )
     chosen = {n: m for n, m in linears.items() if filter_fn is None or filter_fn(m, n)}
     if not chosen and not composites:
         raise ValueError(f"sparsify_: expected filter_fn to accept a layer, got none of {len(linears)}")
     return chosen
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """nn.Linear itself, parametrized or not: a subclass may compute something else or be read by its owner."""
-    cls = type(module)
-    return cls is nn.Linear or (parametrize.is_parametrized(module) and cls.__bases__ == (nn.Linear,))
-
-
-def _obstacles(model: nn.Module) -> dict[int, str]:
-    """{id(linear, recurrent or convolution): why it must stay as it is}."""
-    reasons = {}
-    adapted = adapted_layers(model)
-    owners: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    for module in model.modules():
-        module = module.original if isinstance(module, SparseEncoder) else module
-        if isinstance(module, nn.TransformerEncoderLayer):  # its fast path reads the weights itself
-            for child in (module.linear1, module.linear2):
-                reasons[id(child)] = "weight is read by nn.TransformerEncoderLayer"
-        if not _is_plain_linear(module) and not is_composite(module):
-            continue
-        owner = adapted.get(module)
-        if owner is not None and not (isinstance(module, nn.Linear) and only_called(module, owner)):
-            reasons[id(module)] = "its weight is read by the adapter on it; merge that first"
-        shared = [n for n, p in module.named_parameters() if owners[id(p)] > 1 and not n.endswith("bias")]
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if is_composite(module):
-            shared, hooks = [n for n in shared if n.startswith("weight")], []
-        if shared:
-            reasons[id(module)] = "weight is shared with another module"
-        elif any(not isinstance(hook, BasePruningMethod) for hook in hooks):
-            reasons[id(module)] = "has forward hooks, which would be lost"
-    return reasons
 
 
 def _unlearned(model: nn.Module) -> dict[int, str]:
@@ -290,7 +260,7 @@ def _unlearned(model: nn.Module) -> dict[int, str]:
     reasons = {id(module): "part of an adapter, which stays as it is" for module in adapters}
     for module in model.modules():
         weights = [p for name, p in module._parameters.items() if p is not None and name.startswith("weight")]
-        linear = _is_plain_linear(module) and not is_masked(module)
+        linear = is_plain_linear(module) and not is_masked(module)
         trainable = any(weight.requires_grad for weight in weights)
         if (linear or is_composite(module)) and trainable and not any(weight.any() for weight in weights):
             reasons.setdefault(id(module), "all zero and yet to be trained; requires_grad_(False) if it was pruned")
@@ -343,7 +313,7 @@ def candidate_densities(weight: Tensor | Sequence[Tensor], config: SparsifyConfi
     weights = [weight] if isinstance(weight, Tensor) else [*weight]
     total = sum(each.numel() for each in weights)
     densities = {}
-    for n, k in config.blocks:
+    for n, k in config.blocks if total else ():
         if all(each.shape[0] % n == 0 and each.shape[1] % k == 0 for each in weights):
             density = sum(n * k * int(_stored_blocks(each, (n, k)).count_nonzero()) for each in weights) / total
             if density <= 1.0 - config.min_sparsity:

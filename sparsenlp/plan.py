@@ -156,6 +156,29 @@ class CompositePlanRow:
 
 
 @dataclass(frozen=True)
+class SkippedRow:
+    """Weights that were not considered, because no sparse layer holds such.
+
+    kind       class of the modules that have them
+    parameter  its name in them
+    count      of the modules
+    weights    in all of them together
+    reason     why not
+    prunable   `prune_` makes zeros in them all the same
+    """
+
+    kind: str
+    parameter: str
+    count: int
+    weights: int
+    reason: str
+    prunable: bool = False
+
+    def __str__(self) -> str:
+        return f"not considered: {self.parameter} of {self.count} {self.kind} ({self.weights:,} weights): {self.reason}"
+
+
+@dataclass(frozen=True)
 class EncoderPlanRow:
     """One encoder, timed as it is (SEPARATE) and fused.
 
@@ -242,6 +265,7 @@ class Plan:
     encoders      one row for each encoder of a known family
     composites    one row for each recurrent layer and convolution
     change        of the model's output, where inputs or an evaluation were given
+    skipped       weights that were not considered
     """
 
     rows: tuple[PlanRow, ...]
@@ -254,6 +278,7 @@ class Plan:
     encoders: tuple[EncoderPlanRow, ...] = ()
     change: OutputChange | None = None
     composites: tuple[CompositePlanRow, ...] = ()
+    skipped: tuple[SkippedRow, ...] = ()
 
     @property
     def layers(self) -> tuple[PlanRow | CompositePlanRow, ...]:
@@ -283,6 +308,7 @@ class Plan:
             "spread": self.spread,
             "rows": [row.as_dict() for row in self.rows],
             "composites": [row.as_dict() for row in self.composites],
+            "skipped": [asdict(row) for row in self.skipped],
             "encoders": [row.as_dict() for row in self.encoders],
             "change": None if self.change is None else asdict(self.change),
         }
@@ -316,7 +342,7 @@ class Plan:
         if self.model_errors:
             errors = ", ".join(f"{kind} {error:.0%}" for kind, error in self.model_errors.items())
             lines.append(f"predicted by the cost model, whose error is below (p90, on calls it had not seen) {errors}")
-        lines += map(str, self.encoders)
+        lines += map(str, (*self.skipped, *self.encoders))
         if self.change is not None:
             lines.append(str(self.change))
         return [*lines, machine_line({**self.machine, "threads": self.threads})]

@@ -117,6 +117,12 @@ class SparseConv1d(nn.Module):
         return type(self)(**_arguments(self), filters=self.filters.quantize(input_scale)).train(self.training)
 
     @property
+    def weight(self) -> Tensor:
+        """What nn.Conv1d has under this name (N, C, T): a view of an nn.Linear's, a copy of a SparseLinear's."""
+        linear = self.filters if isinstance(self.filters, nn.Linear) else self.filters.to_dense()
+        return linear.weight.view(self.out_channels, self.kernel_size[0], self.in_channels).transpose(1, 2)
+
+    @property
     def matrices(self) -> dict[str, SparseLinear | nn.Linear]:
         """The submodules, by name."""
         return {"filters": self.filters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from ..layers.composite import join_composites_, on_split
+from ..obstacles import skipped_weights
 from ..report import torch_pruned
 from .criteria import Criterion, find_criterion
 from .layers import (
@@ -27,6 +29,9 @@ from .movement import harden_
 from .patterns import Pattern
 from .scores import score_layers
 from .statistics import LayerStatistics
+
+WORTH_WARNING = 0.1
+"""Share of a model's weights that `prune_` does not leave alone without a word."""
 
 
 @torch.no_grad()
@@ -68,6 +73,9 @@ def prune_(
     Scores are made layer by layer; beside the statistics this takes 4 bytes for each unit of the
     pattern and 1 byte for each weight.
 
+    Warns where weights that are no nn.Linear, such as the three dimensions of experts, are a tenth of the model, unless
+    `filter_fn` is given.
+
     Raises ValueError, with the model untouched, for a sparsity out of range, an unknown criterion,
     scope or aggregation, missing statistics, no selected layer, a shape that the pattern does not
     divide (naming the layer), masks of another pattern, or a weight that is parametrized otherwise
@@ -79,6 +87,8 @@ def prune_(
         raise ValueError(f"scope: expected one of {', '.join(MASKS)}, got {scope}")
     layers = prunable(model, filter_fn)
     say_left_alone(model, filter_fn)
+    if filter_fn is None:
+        _say_what_is_left(model)
     owners = owners_of(model, layers)
     previous = present_masks(layers, pattern, owners)
     scores = score_layers({name: layers[name] for name in dict.fromkeys(owners.values())}, criterion, statistics)
@@ -87,6 +97,13 @@ def prune_(
         mask = masks[owners[name]]
         set_mask(layer, mask if owners[name] == name else mask.clone(), pattern)
     return {name: 1 - masks[owner].sum().item() / masks[owner].numel() for name, owner in owners.items()}
+
+
+def _say_what_is_left(model: nn.Module) -> None:
+    """Warn of weights that no pattern reaches, where they are much of the model."""
+    left = [row for row in skipped_weights(model, WORTH_WARNING) if not row.prunable]
+    if left:
+        warnings.warn(f"prune_: {'; '.join(map(str, left))}", stacklevel=4)
 
 
 @torch.no_grad()

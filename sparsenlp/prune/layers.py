@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..layers.adapters import adapter_modules
 from ..layers.composite import named_layers
+from ..obstacles import skipped_weights
 from ..report import torch_pruned
 from .masked import computed, put_mask_
 from .selection import body, is_router, is_task_part
@@ -72,7 +73,9 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
     """
     linears = {name: module for name, module in named_layers(model) if isinstance(module, nn.Linear)}
     if not linears:
-        raise ValueError(f"prune: expected a model with nn.Linear layers, got none in {type(model).__name__}")
+        raise ValueError(
+            f"prune: expected a model with nn.Linear layers, got none in {type(model).__name__}{_left_out(model)}"
+        )
     by_default = filter_fn in (None, default_filter)
     adapters = adapter_modules(model) if by_default else set()
     selects = filter_fn or default_filter
@@ -81,9 +84,8 @@ def prunable(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, n
         chosen = body(model, chosen)
     if not chosen:
         shown = ", ".join(list(linears)[:3])
-        hint = "; see models.decoders.conv1d_to_linear_" if any(map(_is_conv1d, model.modules())) else ""
         raise ValueError(
-            f"prune: expected filter_fn to select a layer, got none of {len(linears)} ({shown}, ...){hint}"
+            f"prune: expected filter_fn to select a layer, got none of {len(linears)} ({shown}, ...){_left_out(model)}"
         )
     return chosen
 
@@ -114,9 +116,9 @@ def say_left_alone(model: nn.Module, filter_fn: FilterFn | None) -> None:
         warnings.warn(f"prune: left alone: {', '.join(names[:2])}{more}: {reason}", stacklevel=4)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is what transformers' GPT-2 has for linear layers."""
-    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
+def _left_out(model: nn.Module) -> str:
+    """The end of an error: weights that are in no nn.Linear."""
+    return "".join(f"; {row}" for row in skipped_weights(model) if not row.prunable)
 
 
 def mask_of(layer: nn.Linear) -> Mask | None:
