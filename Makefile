@@ -9,7 +9,7 @@ CUDA := $(if $(shell command -v $(or $(NVCC),nvcc)),$(or $(SPARSENLP_CUDA),1),0)
 BUILT := $(VENV)/.built-$(NATIVE)-$(CUDA)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test test-gpu-sim attacks gpu sanitize emulate lint format bench bench-e2e bench-accuracy bench-models demo demo-quick dist clean
+.PHONY: build test test-registry test-gpu-sim attacks gpu sanitize emulate lint format bench bench-e2e bench-accuracy bench-models demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -27,6 +27,10 @@ $(BUILT): $(VENV)/.ready $(SOURCES)
 # In two processes of one thread each, as threads of both would wait for each other; plain pytest does it all in one.
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every model class of transformers that a tiny configuration can build, and a table of what came of each: half an hour.
+test-registry: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/registry --all-models
 
 # The GPU kernels without a GPU: compiled, executed in an interpreter, and with bugs that the checks must catch.
 test-gpu-sim: build
