@@ -29,8 +29,9 @@ Tensor add_layer_norm(
   const Tensor x = as_contiguous(x_any), weight = as_contiguous(weight_any);
   const std::vector<int64_t> sizes = sizes_of(x);
   AddLayerNorm a{};
-  a.M = rows_of(sizes);
+  a.M = rows_of("add_layer_norm", sizes);
   a.H = sizes.back();
+  product("add_layer_norm", {a.M, a.H});
   a.eps = static_cast<float>(eps);
   const auto check_row = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == a.H,

@@ -60,13 +60,14 @@ struct Call {
                         key.size(3) == query.size(3) && value.size(0) == key.size(0) && value.size(1) == key.size(1) &&
                         value.size(2) == key.size(2),
                     "block_sparse_attention: expected query (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, E)");
-    a.batch = query.size(0);
-    a.heads = query.size(1);
-    a.queries = query.size(2);
-    a.width = query.size(3);
-    a.kv_heads = key.size(1);
-    a.keys = key.size(2);
-    a.value_width = value.size(3);
+    const auto size = [](const char* name, int64_t value) { return checked_size("block_sparse_attention", name, value); };
+    a.batch = size("sequences", query.size(0));
+    a.heads = size("heads", query.size(1));
+    a.queries = size("queries", query.size(2));
+    a.width = size("features", query.size(3));
+    a.kv_heads = size("key heads", key.size(1));
+    a.keys = size("keys", key.size(2));
+    a.value_width = size("features", value.size(3));
     a.scale = static_cast<float>(scale);
     a.half = dtype == ScalarType::BFloat16;
     STD_TORCH_CHECK(a.kv_heads ? a.heads % a.kv_heads == 0 : a.heads == 0,
@@ -91,8 +92,8 @@ struct Call {
                         patterns_any.size(1) % 16 == 0 && patterns_any.size(2) % 16 == 0 && patterns_any.size(1) > 0 &&
                         patterns_any.size(2) > 0,
                     "block_sparse_attention: expected bool patterns (P, m, n), m and n multiples of 16");
-    a.rows = patterns_any.size(1);
-    a.columns = patterns_any.size(2);
+    a.rows = checked_side("block_sparse_attention", patterns_any.size(1));
+    a.columns = checked_side("block_sparse_attention", patterns_any.size(2));
     const int64_t entries = crow.dim() == 1 ? crow.size(0) - 1 : -1, R = a.block_rows();
     a.mask_heads = R ? entries / R : 1;
     STD_TORCH_CHECK(crow.scalar_type() == ScalarType::Int && col.scalar_type() == ScalarType::Int &&
@@ -101,7 +102,7 @@ struct Call {
                         (R == 0 || (entries % R == 0 && (a.mask_heads == 1 || a.mask_heads == a.heads))),
                     "block_sparse_attention: expected int32 indices of a mask with ", R, " block rows for 1 or ", a.heads,
                     " heads");
-    STD_TORCH_CHECK(ints(crow)[entries] == col.size(0), "block_sparse_attention: expected crow_indices to end with ", col.size(0));
+    check_indices(entries, patterns_any.size(0));
     a.T = a.rows % 32 == 0 && a.columns % 32 == 0 && a.queries > 16 ? 32 : 16;
     a.crow_indices = ints(crow);
     a.col_indices = ints(col);
@@ -117,8 +118,26 @@ struct Call {
     tiles.resize(patterns.size() / (a.T * a.T));
     find_tiles(a, source.size(0), tiles.data());
     a.tiles = tiles.data();
-    const int64_t blocks = col.size(0) * (a.mask_heads > 1 ? 1 : a.heads) * a.batch;
-    work = blocks * a.rows * a.columns * (a.width + a.value_width);
+    const int64_t each = product("block_sparse_attention", {a.rows, a.columns, a.width + a.value_width});
+    work = work_of(work_of(col.size(0), (a.mask_heads > 1 ? 1 : a.heads) * a.batch), each);
+    // Of what is written, and of scratch: the keys of a head, and their gradients.
+    product("block_sparse_attention", {a.batch, a.heads, a.queries, a.width + a.value_width + 1});
+    product("block_sparse_attention", {a.batch, a.kv_heads + 1, kMostSplits, a.keys + a.T, a.width + a.value_width + 34});
+  }
+
+  // Columns increase: kernels have room for every key once.
+  void check_indices(int64_t rows, int64_t count) const {
+    const int32_t *row = ints(crow), *column = ints(col);
+    const int64_t blocks = col.size(0), columns = (a.keys + a.columns - 1) / a.columns;
+    STD_TORCH_CHECK(are_row_pointers(row, rows, blocks), "block_sparse_attention: expected crow_indices from 0 to ", blocks,
+                    " that never decrease");
+    STD_TORCH_CHECK(all_below(column, blocks, columns), "block_sparse_attention: expected col_indices in [0, ", columns, ")");
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t p = row[r] + 1; p < row[r + 1]; p++)
+        STD_TORCH_CHECK(column[p - 1] < column[p], "block_sparse_attention: expected col_indices to increase within each row");
+    for (int64_t p = 0; p < blocks; p++)
+      STD_TORCH_CHECK(-1 <= ints(index)[p] && ints(index)[p] < count, "block_sparse_attention: expected pattern_indices in [-1, ",
+                      count, "), got ", ints(index)[p]);
   }
 
   bool nothing() const { return a.batch == 0 || a.heads == 0 || a.queries == 0; }

@@ -47,16 +47,6 @@ bool is_float(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16;
 }
 
-void check_pattern(const Tensor& crow, const Tensor& col, int64_t blocks, int64_t K, int64_t k) {
-  STD_TORCH_CHECK(
-      crow.scalar_type() == ScalarType::Int && col.scalar_type() == ScalarType::Int && crow.dim() == 1 &&
-          col.dim() == 1 && crow.is_contiguous() && col.is_contiguous(),
-      "bsr_linear: expected contiguous 1-D int32 crow_indices and col_indices");
-  STD_TORCH_CHECK(crow.size(0) >= 1 && col.size(0) == blocks && ints(crow)[crow.size(0) - 1] == blocks,
-                  "bsr_linear: crow_indices, col_indices and values disagree on the number of blocks");
-  STD_TORCH_CHECK(K % k == 0, "bsr_linear: expected K to be a multiple of ", k, ", got ", K);
-}
-
 // y is given, or allocated here; it starts from `residual` where there is one.
 Tensor forward(
     const Tensor& x_any, const Tensor& crow, const Tensor& col, const Tensor& values_any,
@@ -71,14 +61,12 @@ Tensor forward(
   std::optional<Tensor> bias, residual, scales;
   std::vector<int64_t> sizes = sizes_of(x);
   BsrLinear a{};
-  a.M = rows_of(sizes);
-  a.n = static_cast<int>(values.size(1));
-  a.k = static_cast<int>(values.size(2));
-  STD_TORCH_CHECK(a.n > 0 && a.k > 0, "bsr_linear: expected blocks with sides of at least 1");
-  a.N = (crow.size(0) - 1) * a.n;
+  a.M = rows_of("bsr_linear", sizes);
+  a.n = checked_side("bsr_linear", values.size(1));
+  a.k = checked_side("bsr_linear", values.size(2));
   a.K = sizes.back();
+  a.N = check_pattern("bsr_linear", crow, col, values.size(0), a.n, a.k, a.K);
   a.half = x.scalar_type() == ScalarType::BFloat16;
-  check_pattern(crow, col, values.size(0), a.K, a.k);
   if (bias_any) {
     check_io(*bias_any, x.scalar_type(), "bias");
     STD_TORCH_CHECK(bias_any->dim() == 1 && bias_any->size(0) == a.N, "bsr_linear: expected bias of shape (", a.N, ")");
@@ -118,7 +106,7 @@ Tensor forward(
   a.activation = activation_of("bsr_linear", activation);
   if (a.M == 0 || a.N == 0) return y;
   BsrLinearKernel* kernel = quantized ? forward_kernel<i8>() : a.half ? forward_kernel<bf16>() : forward_kernel<f32>();
-  run_parts(kernel, a, a.M * (values.size(0) * a.n * a.k + a.N));
+  run_parts(kernel, a, work_of(a.M, values.size(0) * a.n * a.k + a.N));
   return y;
 }
 
@@ -144,13 +132,11 @@ Tensor bsr_linear_dgrad(
   const Tensor grad = as_contiguous(grad_any), values = as_contiguous(values_any);
   BsrLinearGrad a{};
   a.M = grad.size(0);
-  a.n = static_cast<int>(values.size(1));
-  a.k = static_cast<int>(values.size(2));
-  STD_TORCH_CHECK(a.n > 0 && a.k > 0, "bsr_linear_dgrad: expected blocks with sides of at least 1");
-  a.N = (crow.size(0) - 1) * a.n;
+  a.n = checked_side("bsr_linear_dgrad", values.size(1));
+  a.k = checked_side("bsr_linear_dgrad", values.size(2));
   a.K = columns;
+  a.N = check_pattern("bsr_linear_dgrad", crow, col, values.size(0), a.n, a.k, a.K);
   STD_TORCH_CHECK(grad.size(1) == a.N, "bsr_linear_dgrad: expected grad with N = ", a.N, " columns");
-  check_pattern(crow, col, values.size(0), a.K, a.k);
   Tensor dx = empty({a.M, a.K}, grad.scalar_type());
   a.grad = grad.data_ptr();
   a.crow = ints(crow);
@@ -158,7 +144,7 @@ Tensor bsr_linear_dgrad(
   a.values = values.data_ptr();
   a.dx = dx.data_ptr();
   const bool half = grad.scalar_type() == ScalarType::BFloat16;
-  run_parts(half ? dgrad_kernel<bf16>() : dgrad_kernel<f32>(), a, a.M * values.size(0) * a.n * a.k);
+  run_parts(half ? dgrad_kernel<bf16>() : dgrad_kernel<f32>(), a, work_of(a.M, values.size(0) * a.n * a.k));
   return dx;
 }
 
@@ -166,18 +152,17 @@ Tensor bsr_linear_wgrad(
     const Tensor& grad_any, const Tensor& x_any, const Tensor& crow, const Tensor& col, std::vector<int64_t> block) {
   STD_TORCH_CHECK(is_float(grad_any) && grad_any.scalar_type() == x_any.scalar_type(),
                   "bsr_linear_wgrad: expected grad and x, both float32 or both bfloat16");
-  STD_TORCH_CHECK(block.size() == 2 && block[0] > 0 && block[1] > 0, "bsr_linear_wgrad: expected a block of two sides");
+  STD_TORCH_CHECK(block.size() == 2, "bsr_linear_wgrad: expected a block of two sides");
   const Tensor grad = as_contiguous(grad_any), x = as_contiguous(x_any);
   STD_TORCH_CHECK(grad.dim() == 2 && x.dim() == 2 && grad.size(0) == x.size(0),
                   "bsr_linear_wgrad: expected grad (M, N) and x (M, K)");
   BsrLinearGrad a{};
   a.M = x.size(0);
-  a.n = static_cast<int>(block[0]);
-  a.k = static_cast<int>(block[1]);
-  a.N = (crow.size(0) - 1) * a.n;
+  a.n = checked_side("bsr_linear_wgrad", block[0]);
+  a.k = checked_side("bsr_linear_wgrad", block[1]);
   a.K = x.size(1);
+  a.N = check_pattern("bsr_linear_wgrad", crow, col, col.dim() == 1 ? col.size(0) : 0, a.n, a.k, a.K);
   STD_TORCH_CHECK(grad.size(1) == a.N, "bsr_linear_wgrad: expected grad with N = ", a.N, " columns");
-  check_pattern(crow, col, col.size(0), a.K, a.k);
   Tensor dvalues = empty({col.size(0), block[0], block[1]}, ScalarType::Float);
   a.grad = grad.data_ptr();
   a.x = x.data_ptr();
@@ -185,7 +170,7 @@ Tensor bsr_linear_wgrad(
   a.col = ints(col);
   a.dvalues = static_cast<float*>(dvalues.data_ptr());
   const bool half = grad.scalar_type() == ScalarType::BFloat16;
-  run_parts(half ? wgrad_kernel<bf16>() : wgrad_kernel<f32>(), a, a.M * col.size(0) * a.n * a.k);
+  run_parts(half ? wgrad_kernel<bf16>() : wgrad_kernel<f32>(), a, work_of(a.M, col.size(0) * a.n * a.k));
   return dvalues;
 }
 

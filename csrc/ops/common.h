@@ -18,9 +18,7 @@
 
 #include "../cpu/activation.h"
 #include "../cpu/isa.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#include "checks.h"
 
 // |x| and |w| are at most 127, and x shifted by 128 at most 255: a row of this many stored weights cannot
 // overflow 32 bits, since 255 * 127 * 66311 < 2^31.
@@ -106,15 +104,14 @@ void run_parts(Kernel kernel, const Args& args, int64_t work) {
 // Of one element of a LayerNorm, in multiply-adds.
 constexpr int64_t kNormWork = 8;
 
-inline const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
-
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Of float32, bfloat16 or int32.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
+  product("sparsenlp", sizes);
+  for (size_t i = sizes.size(); i-- > 0; stride = work_of(stride, sizes[i] > 0 ? sizes[i] : 1)) strides[i] = stride;
   const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                        : dtype == ScalarType::Int    ? aoti_torch_dtype_int32()
                                                      : aoti_torch_dtype_float32();
@@ -128,13 +125,6 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes(t.dim());
   for (int64_t i = 0; i < t.dim(); i++) sizes[i] = t.size(i);
   return sizes;
-}
-
-// All but the last dimension, multiplied.
-inline int64_t rows_of(const std::vector<int64_t>& sizes) {
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < sizes.size(); i++) rows *= sizes[i];
-  return rows;
 }
 
 inline int activation_of(const char* op, const std::string& name) {

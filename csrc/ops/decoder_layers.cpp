@@ -71,12 +71,13 @@ struct Projections {
   void index_dense_weights() {
     int64_t rows = 0;
     for (const Tensor& weight : values)
-      if (weight.dim() == 2 && weight.size(0) > rows) rows = weight.size(0);
+      if (weight.dim() == 2 && weight.is_contiguous() && weight.size(1) > 0 && weight.size(0) > rows) rows = weight.size(0);
+    checked_size("decoder_layers", "N", rows);
     dense_columns.resize(rows);
     for (int64_t row = 0; row <= rows; row++) dense_rows.push_back(static_cast<int32_t>(row));
   }
 
-  // Projection `at`, from K to N features (any N if 0), M tokens.
+  // Projection `at`, from K to N features (any N if negative), M tokens.
   DecoderLinear linear(size_t at, int64_t M, int64_t N, int64_t K) {
     const Tensor& blocks = values[at];
     const bool quantized = blocks.scalar_type() == ScalarType::Char;
@@ -90,13 +91,13 @@ struct Projections {
       STD_TORCH_CHECK(blocks.size(1) == K && K > 0, "decoder_layers: expected a dense weight with K = ", K, " columns");
       a.N = blocks.size(0);
       a.n = 1;
-      a.k = static_cast<int>(K);
+      a.k = checked_side("decoder_layers", K);
       a.crow = dense_rows.data();
       a.col = dense_columns.data();
     } else {
       index_sparse(a, crow[at], col[at], blocks);
     }
-    STD_TORCH_CHECK(N == 0 || a.N == N, "decoder_layers: expected projection ", at, " to have N = ", N, " rows, got ", a.N);
+    STD_TORCH_CHECK(N < 0 || a.N == N, "decoder_layers: expected projection ", at, " to have N = ", N, " rows, got ", a.N);
     a.values = blocks.data_ptr();
     a.half = dtype == ScalarType::BFloat16;
     if (!biases.empty() && biases[at].size(0) > 0) {
@@ -114,25 +115,17 @@ struct Projections {
       a.scales = static_cast<const float*>(scales[at].data_ptr());
     }
     result.run = linear_kernel(quantized ? i8 : a.half ? bf16 : f32);
-    multiply_adds += M * (static_cast<int64_t>(blocks.numel()) + a.N);
+    const int64_t work = work_of(M, static_cast<int64_t>(blocks.numel()) + a.N);
+    multiply_adds += work < INT64_MAX - multiply_adds ? work : INT64_MAX - multiply_adds;
     scratch = a.scratch() > scratch ? a.scratch() : scratch;
     return result;
   }
 
   static void index_sparse(BsrLinear& a, const Tensor& rows, const Tensor& columns, const Tensor& blocks) {
-    const auto is_index = [](const Tensor& t) {
-      return t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.is_contiguous();
-    };
-    STD_TORCH_CHECK(is_index(rows) && is_index(columns),
-                    "decoder_layers: expected contiguous 1-D int32 crow_indices and col_indices");
     STD_TORCH_CHECK(blocks.dim() == 3, "decoder_layers: expected values (nnzb, n, k), or dense (N, K)");
-    a.n = static_cast<int>(blocks.size(1));
-    a.k = static_cast<int>(blocks.size(2));
-    STD_TORCH_CHECK(a.n > 0 && a.k > 0 && rows.size(0) > 0 && a.K % a.k == 0,
-                    "decoder_layers: expected blocks with sides of at least 1 that divide K = ", a.K);
-    a.N = (rows.size(0) - 1) * a.n;
-    STD_TORCH_CHECK(columns.size(0) == blocks.size(0) && ints(rows)[rows.size(0) - 1] == blocks.size(0),
-                    "decoder_layers: crow_indices, col_indices and values disagree on the number of blocks");
+    a.n = checked_side("decoder_layers", blocks.size(1));
+    a.k = checked_side("decoder_layers", blocks.size(2));
+    a.N = check_pattern("decoder_layers", rows, columns, blocks.size(0), a.n, a.k, a.K);
     a.crow = ints(rows);
     a.col = ints(columns);
   }
@@ -157,20 +150,23 @@ Tensor decoder_layers(
                   "decoder_layers: expected a contiguous cache (2, layers, B, kv_heads, capacity, head_dim) of the dtype of x");
   const Tensor x = as_contiguous(x_any);
   DecoderLayers a{};
-  a.batch = x.size(0);
-  a.length = x.size(1);
-  a.H = x.size(2);
-  a.past = past;
-  a.layer_count = static_cast<int>(cache.size(1));
-  a.kv_heads = static_cast<int>(cache.size(3));
-  a.capacity = cache.size(4);
-  a.head_dim = static_cast<int>(cache.size(5));
-  a.heads = static_cast<int>(heads);
+  const auto size = [](const char* name, int64_t value) {
+    return static_cast<int>(checked_size("decoder_layers", name, value));
+  };
+  a.batch = size("sequences", x.size(0));
+  a.length = size("tokens", x.size(1));
+  a.H = size("H", x.size(2));
+  a.past = size("past", past);
+  a.layer_count = size("layers", cache.size(1));
+  a.kv_heads = size("key heads", cache.size(3));
+  a.capacity = size("a capacity", cache.size(4));
+  a.head_dim = size("a head dimension", cache.size(5));
+  a.heads = size("heads", heads);
   a.scale = static_cast<float>(scale);
   a.eps = static_cast<float>(eps);
   a.activation = activation == "silu" ? static_cast<int>(kSilu) : activation_of("decoder_layers", activation);
   const int64_t M = a.tokens(), D = a.head_dim;
-  STD_TORCH_CHECK(cache.size(2) == a.batch && past >= 0 && past + a.length <= a.capacity,
+  STD_TORCH_CHECK(cache.size(2) == a.batch && past + a.length <= a.capacity,
                   "decoder_layers: expected a cache for ", a.batch, " sequences of ", past + a.length, " tokens");
   STD_TORCH_CHECK(a.kv_heads > 0 && heads > 0 && heads % a.kv_heads == 0 && D > 0,
                   "decoder_layers: expected heads to be a multiple of the ", a.kv_heads, " heads of the cache, got ", heads);
@@ -219,7 +215,7 @@ Tensor decoder_layers(
   Projections projections{crow, col, values, biases, scales, dtype};
   projections.index_dense_weights();
   std::vector<DecoderLayer> list(layers);
-  const int64_t query_rows = heads * D, kv_rows = a.kv_heads * D;
+  const int64_t query_rows = size("rows of queries", heads * D), kv_rows = a.kv_heads * D;
   int64_t most_inner = 0;
   for (size_t i = 0; i < layers; i++) {
     DecoderLayer& layer = list[i];
@@ -234,8 +230,8 @@ Tensor decoder_layers(
       layer.inputs[0] = projections.linear(at++, M, query_rows + 2 * kv_rows, a.H);
     }
     layer.output = projections.linear(at++, M, a.H, query_rows);
-    if (gated) layer.gate = projections.linear(at++, M, 0, a.H);
-    layer.up = projections.linear(at++, M, layer.gate.args.N, a.H);
+    if (gated) layer.gate = projections.linear(at++, M, -1, a.H);
+    layer.up = projections.linear(at++, M, gated ? layer.gate.args.N : -1, a.H);
     layer.inner = layer.up.args.N;
     layer.down = projections.linear(at++, M, a.H, layer.inner);
     most_inner = layer.inner > most_inner ? layer.inner : most_inner;
@@ -248,6 +244,7 @@ Tensor decoder_layers(
   a.cache = cache.data_ptr();
   if (M == 0 || a.H == 0) return y;
 
+  product("decoder_layers", {M, query_rows + 2 * kv_rows + a.H + most_inner});
   constexpr int64_t kWorkPerThread = 1 << 15;  // of a phase, below which a second thread costs more than it saves
   int64_t parts = torch::stable::get_num_threads();
   const int64_t work = layers ? projections.multiply_adds / static_cast<int64_t>(4 * layers) : 0;

@@ -43,7 +43,7 @@ struct Layout {
   int64_t longest = 0, products = 0;  // products: pairs of a query and a key
 
   Layout(const bool* real, int64_t B, int64_t S, int T) {
-    const int64_t lanes = B * ((S + T - 1) / T * T);
+    const int64_t lanes = product("dense_attention", {B, (S + T - 1) / T, T});
     STD_TORCH_CHECK(lanes < INT32_MAX, "dense_attention: expected fewer than 2^31 tokens, got ", lanes);
     source.reserve(lanes);
     positions.reserve(lanes);
@@ -77,7 +77,9 @@ Tensor dense_attention(
                   "dense_attention: expected query and key (B, S, heads * d) and value (B, S, heads * e)");
   STD_TORCH_CHECK(heads > 0 && query.size(2) % heads == 0 && value.size(2) % heads == 0,
                   "dense_attention: expected columns in multiples of ", heads, " heads");
-  const int64_t B = query.size(0), S = query.size(1);
+  checked_size("dense_attention", "heads", heads);
+  const int64_t B = query.size(0), S = query.size(1), tokens = product("dense_attention", {B, S});
+  for (const Tensor* t : {&query, &value}) checked_size("dense_attention", "columns", t->size(2));
   std::optional<Tensor> mask, position_bias;
   if (mask_any) {
     STD_TORCH_CHECK(mask_any->scalar_type() == ScalarType::Bool && mask_any->dim() == 2 && mask_any->size(0) == B &&
@@ -86,7 +88,7 @@ Tensor dense_attention(
     mask = as_contiguous(*mask_any);
   }
   const bool* real = mask ? static_cast<const bool*>(mask->data_ptr()) : nullptr;
-  const int64_t count = real ? std::count(real, real + B * S, true) : B * S;
+  const int64_t count = real ? std::count(real, real + tokens, true) : tokens;
   DenseAttention a{};
   if (position_bias_any) {
     STD_TORCH_CHECK(position_bias_any->scalar_type() == ScalarType::Float && position_bias_any->dim() == 3 &&
@@ -100,7 +102,7 @@ Tensor dense_attention(
   }
   Tensor y = empty({B, S, value.size(2)}, dtype);
   a.half = dtype == ScalarType::BFloat16;
-  if (count < B * S) std::memset(y.data_ptr(), 0, B * S * value.size(2) * (a.half ? 2 : 4));
+  if (count < tokens) std::memset(y.data_ptr(), 0, tokens * value.size(2) * (a.half ? 2 : 4));
   if (count == 0 || value.size(2) == 0) return y;
 
   a.T = count <= 16 * B ? 16 : 32;
@@ -123,7 +125,7 @@ Tensor dense_attention(
   a.key_ld = keys.ld;
   a.value_ld = values.ld;
   a.y = y.data_ptr();
-  run_parts(a.half ? forward_kernel<bf16>() : forward_kernel<f32>(), a, layout.products * (query.size(2) + value.size(2)));
+  run_parts(a.half ? forward_kernel<bf16>() : forward_kernel<f32>(), a, work_of(layout.products, query.size(2) + value.size(2)));
   return y;
 }
 

@@ -45,6 +45,9 @@ void check_length(int64_t length, int64_t rows, int64_t reserved) {
 
 // padding_idx at padding, and from padding_idx + 1 on for the other ids of each sequence.
 std::vector<int64_t> counted_positions(const Tensor& ids, int64_t S, int64_t padding_idx, int64_t rows) {
+  if (padding_idx >= rows)
+    throw std::invalid_argument("embed_layer_norm: expected padding_idx below P = " + std::to_string(rows) + ", got " +
+                                std::to_string(padding_idx));
   std::vector<int64_t> positions(ids.numel());
   int64_t longest = 0;
   for (int64_t i = 0, count = 0; i < ids.numel(); i++) {
@@ -72,6 +75,7 @@ Tensor embed_layer_norm(
   a.M = ids_any.numel();
   a.S = sizes.back();
   a.H = word_any.size(1);
+  product("embed_layer_norm", {a.M, a.H});
   a.eps = static_cast<float>(eps);
   const auto checked_ids = [&](const Tensor& t, const char* name) {
     const bool fits = sizes_of(t) == sizes || (t.dim() >= 1 && t.numel() == a.S && t.size(t.dim() - 1) == a.S);

@@ -47,13 +47,14 @@ void check_tile(int64_t tile) {
 int64_t check_stream(const Tensor& stream, const Tensor& spans) {
   STD_TORCH_CHECK(is_plain(stream, ScalarType::Float, 3), "encoder_layer: expected a contiguous float32 stream (tiles, H, T)");
   check_tile(stream.size(2));
-  STD_TORCH_CHECK(is_plain(spans, ScalarType::Int, 2) && spans.size(0) == 4 && spans.size(1) == stream.size(0) * stream.size(2),
-                  "encoder_layer: expected contiguous int32 spans of shape (4, ", stream.size(0) * stream.size(2), ")");
-  const int64_t lanes = spans.size(1);
+  checked_size("encoder_layer", "H", stream.size(1));
+  const int64_t T = stream.size(2), lanes = checked_size("encoder_layer", "tokens", product("encoder_layer", {stream.size(0), T}));
+  STD_TORCH_CHECK(is_plain(spans, ScalarType::Int, 2) && spans.size(0) == 4 && spans.size(1) == lanes,
+                  "encoder_layer: expected contiguous int32 spans of shape (4, ", lanes, ")");
   const int32_t *source = ints(spans), *first = source + lanes, *last = first + lanes;
   int64_t tokens = lanes;
   while (tokens > 0 && source[tokens - 1] < 0) tokens--;
-  for (int64_t i = 0; i < tokens; i++)
+  for (int64_t i = 0; i < (tokens + T - 1) / T * T; i++)  // lanes without a token attend as well, in a used tile
     STD_TORCH_CHECK(first[i] >= 0 && first[i] < last[i] && last[i] <= tokens,
                     "encoder_layer: expected spans within the ", tokens, " tokens, got [", first[i], ", ", last[i], ")");
   return tokens;
@@ -126,7 +127,7 @@ Tensor encoder_layer(
   a.x = static_cast<const float*>(stream.data_ptr());
   a.y = static_cast<float*>(y.data_ptr());
   std::memset(a.y + used * a.H, 0, (lanes - used) * a.H * sizeof(float));
-  Tensor operands = empty({used * (2 * a.query.N + a.value.N) + 48}, ScalarType::Float);
+  Tensor operands = empty({product("encoder_layer", {used, 2 * a.query.N + a.value.N}) + 48}, ScalarType::Float);
   a.queries = static_cast<float*>(operands.data_ptr());
   a.keys = a.queries + used * a.query.N;
   a.values = a.keys + used * a.key.N;
@@ -146,8 +147,8 @@ Tensor encoder_layer(
               a, work);
   };
   if (sums_missing) run(kEncoderSums, weights / 8);
-  run(kEncoderProject, a.tokens * weights);
-  run(kEncoderRest, a.tokens * weights);
+  run(kEncoderProject, work_of(a.tokens, weights));
+  run(kEncoderRest, work_of(a.tokens, weights));
   return y;
 }
 
@@ -156,8 +157,9 @@ std::tuple<Tensor, Tensor> encoder_pack(const Tensor& x_any, const std::optional
                   "encoder_pack: expected x (B, S, H) of dtype float32 or bfloat16");
   check_tile(tile);
   const Tensor x = as_contiguous(x_any);
-  const int64_t B = x.size(0), S = x.size(1), H = x.size(2), tiles = (B * S + tile - 1) / tile, lanes = tiles * tile;
-  STD_TORCH_CHECK(B * S < INT32_MAX - 64, "encoder_pack: expected fewer than 2^31 tokens, got ", B * S);
+  const int64_t B = x.size(0), S = x.size(1), H = checked_size("encoder_pack", "H", x.size(2));
+  const int64_t all = product("encoder_pack", {B, S}), tiles = (all + tile - 1) / tile, lanes = tiles * tile;
+  STD_TORCH_CHECK(all < INT32_MAX - 64, "encoder_pack: expected fewer than 2^31 tokens, got ", all);
   std::optional<Tensor> kept;
   if (mask) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == B && mask->size(1) == S,
@@ -198,13 +200,16 @@ Tensor encoder_unpack(const Tensor& stream, const Tensor& spans, int64_t batch, 
   const int64_t tokens = check_stream(stream, spans), H = stream.size(1), T = stream.size(2);
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                   "encoder_unpack: expected dtype float32 or bfloat16");
+  STD_TORCH_CHECK(batch >= 0 && length >= 0, "encoder_unpack: expected a batch and a length of at least 0, got ", batch, " and ",
+                  length);
+  const int64_t all = product("encoder_unpack", {batch, length});
   const int32_t* source = ints(spans);
   for (int64_t i = 0; i < tokens; i++)
-    STD_TORCH_CHECK(source[i] >= 0 && source[i] < batch * length, "encoder_unpack: expected tokens of ", batch, " sequences of ",
+    STD_TORCH_CHECK(source[i] >= 0 && source[i] < all, "encoder_unpack: expected tokens of ", batch, " sequences of ",
                     length, ", got token ", source[i]);
   Tensor y = empty({batch, length, H}, dtype);
-  if (tokens < batch * length)
-    std::memset(y.data_ptr(), 0, batch * length * H * (dtype == ScalarType::Float ? 4 : 2));
+  if (tokens < all)
+    std::memset(y.data_ptr(), 0, all * H * (dtype == ScalarType::Float ? 4 : 2));
   EncoderRows a{};
   a.y = y.data_ptr();
   a.stream = static_cast<float*>(stream.data_ptr());

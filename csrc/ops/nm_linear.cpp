@@ -35,13 +35,15 @@ Tensor nm_linear(
   a.m = static_cast<int>(pattern[1]);
   const Tensor x = as_contiguous(x_any), values = as_contiguous(values_any), packed = as_contiguous(packed_any);
   std::vector<int64_t> sizes = sizes_of(x);
-  a.M = rows_of(sizes);
-  a.N = values.size(0);
-  a.K = sizes.back();
+  a.M = rows_of("nm_linear", sizes);
+  a.N = checked_size("nm_linear", "N", values.size(0));
+  a.K = checked_size("nm_linear", "K", sizes.back());
   STD_TORCH_CHECK(a.K % a.m == 0 && values.size(1) == a.row_values(),
                   "nm_linear: expected values with K / m * n = ", a.row_values(), " columns, got ", values.size(1));
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && sizes_of(packed) == std::vector<int64_t>({a.N, a.packed_bytes()}),
                   "nm_linear: expected packed of dtype uint8 and shape (", a.N, ", ", a.packed_bytes(), ")");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Byte && sizes_of(indices) == sizes_of(values),
+                  "nm_linear: expected indices of dtype uint8 and the shape of values");
   std::optional<Tensor> bias, residual;
   if (bias_any) {
     STD_TORCH_CHECK(bias_any->scalar_type() == x.scalar_type(), "nm_linear: expected bias of the dtype of x");
@@ -64,7 +66,7 @@ Tensor nm_linear(
   a.y = y.data_ptr();
   if (a.M == 0 || a.N == 0) return y;
   NmLinearKernel* kernel = x.scalar_type() == ScalarType::BFloat16 ? forward_kernel<bf16>() : forward_kernel<f32>();
-  run_parts(kernel, a, a.M * a.N * (a.row_values() + 1));
+  run_parts(kernel, a, work_of(a.M, a.N * (a.row_values() + 1)));
   return y;
 }
 

@@ -29,7 +29,7 @@ inline ScalarType dtype_of(const char* op, const Tensors& projection) {
 inline int64_t rows_of(const char* op, const Tensors& projection) {
   STD_TORCH_CHECK(projection.size() > 2 && projection[0].dim() == 1 && projection[0].size(0) >= 1 && projection[2].dim() == 3,
                   op, ": expected projections with crow_indices and (nnzb, n, k) values");
-  return (projection[0].size(0) - 1) * projection[2].size(1);
+  return checked_size(op, "N", product(op, {projection[0].size(0) - 1, projection[2].size(1)}));
 }
 
 inline Projection projection(const char* op, const char* name, const Tensors& t, ScalarType dtype, int64_t N, int64_t K) {
@@ -40,12 +40,10 @@ inline Projection projection(const char* op, const char* name, const Tensors& t,
   STD_TORCH_CHECK(is_plain(crow, ScalarType::Int, 1) && is_plain(col, ScalarType::Int, 1) && is_plain(values, dtype, 3),
                   op, ": expected contiguous int32 indices and (nnzb, n, k) values of one dtype in ", name);
   Projection p{};
-  p.n = static_cast<int>(values.size(1));
-  p.k = static_cast<int>(values.size(2));
-  STD_TORCH_CHECK(p.n > 0 && p.k > 0 && K % p.k == 0 && crow.size(0) >= 1 && (crow.size(0) - 1) * p.n == N,
-                  op, ": expected ", name, " of shape (", N, ", ", K, ")");
-  STD_TORCH_CHECK(col.size(0) == values.size(0) && ints(crow)[crow.size(0) - 1] == values.size(0),
-                  op, ": crow_indices, col_indices and values of ", name, " disagree on the number of blocks");
+  p.n = checked_side(op, values.size(1));
+  p.k = checked_side(op, values.size(2));
+  STD_TORCH_CHECK(K % p.k == 0 && check_pattern(op, crow, col, values.size(0), p.n, p.k, K) == N, op, ": expected ", name,
+                  " of shape (", N, ", ", K, ")");
   STD_TORCH_CHECK(!quantized || p.k % 4 == 0, op, ": expected int8 blocks with k a multiple of 4, got ", p.k);
   STD_TORCH_CHECK(!quantized || K <= kInt8Columns, op, ": expected at most ", kInt8Columns, " columns of int8 in ", name,
                   ", got ", K);

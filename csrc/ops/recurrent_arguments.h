@@ -29,6 +29,12 @@ inline Tensor checked(
   return as_contiguous(t);
 }
 
+// Units of a state (D, B, units), of which a layer has rows for each of up to four gates.
+inline int64_t units_of(const char* op, const Tensor& state) {
+  constexpr int64_t kGates = 4;
+  return checked_size(op, "rows of all gates", product(op, {kGates, state.size(2)})) / kGates;
+}
+
 inline Tensor copy_of(const Tensor& t) {
   Tensor result = empty(sizes_of(t), t.scalar_type());
   const size_t item = t.scalar_type() == ScalarType::Float ? 4 : 2;
@@ -91,7 +97,7 @@ struct Steps {
   Steps(const char* op, const Tensor& x, const std::optional<Tensor>& batch_sizes) {
     if (!batch_sizes) {
       STD_TORCH_CHECK(x.dim() == 3 && x.size(0) > 0, op, ": expected x (T, B, K) with at least one step");
-      size.assign(x.size(0), x.size(1));
+      size.assign(x.size(1) == 0 ? 1 : x.size(0), x.size(1));  // without sequences there may be any number of steps
     } else {
       STD_TORCH_CHECK(x.dim() == 2 && batch_sizes->dim() == 1 && batch_sizes->size(0) > 0 &&
                           batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->is_cpu() &&
@@ -103,6 +109,8 @@ struct Steps {
     for (int64_t now : size) {
       STD_TORCH_CHECK(!batch_sizes || (now > 0 && (start.empty() || now <= batch)),
                       op, ": expected batch_sizes that never grow and stay above 0");
+      STD_TORCH_CHECK(!batch_sizes || now <= x.size(0) - tokens, op, ": expected batch_sizes that add up to ", x.size(0),
+                      ", got more");
       start.push_back(tokens);
       tokens += now;
       batch = now;
@@ -142,18 +150,11 @@ struct Matrices {
     const ScalarType expected = quantized ? ScalarType::Char : dtype == f32 ? ScalarType::Float : ScalarType::BFloat16;
     STD_TORCH_CHECK(blocks.scalar_type() == expected && blocks.dim() == 3 && blocks.is_contiguous(),
                     op, ": expected contiguous values (nnzb, n, k) of the dtype of x, or int8 with scales");
-    const auto is_index = [](const Tensor& t) {
-      return t.scalar_type() == ScalarType::Int && t.dim() == 1 && t.is_contiguous();
-    };
-    STD_TORCH_CHECK(is_index(rows) && is_index(columns), op,
-                    ": expected contiguous 1-D int32 crow_indices and col_indices");
     BsrLinear a{};
-    a.n = static_cast<int>(blocks.size(1));
-    a.k = static_cast<int>(blocks.size(2));
-    STD_TORCH_CHECK(a.n > 0 && a.k > 0 && K % a.k == 0 && rows.size(0) > 0 && (rows.size(0) - 1) * a.n == N,
-                    op, ": expected matrix ", at, " to be ", N, " x ", K);
-    STD_TORCH_CHECK(columns.size(0) == blocks.size(0) && ints(rows)[rows.size(0) - 1] == blocks.size(0),
-                    op, ": crow_indices, col_indices and values disagree on the number of blocks");
+    a.n = checked_side(op, blocks.size(1));
+    a.k = checked_side(op, blocks.size(2));
+    STD_TORCH_CHECK(K % a.k == 0 && check_pattern(op, rows, columns, blocks.size(0), a.n, a.k, K) == N, op,
+                    ": expected matrix ", at, " to be ", N, " x ", K);
     a.N = N;
     a.K = K;
     a.crow = ints(rows);

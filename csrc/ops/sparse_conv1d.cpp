@@ -1,6 +1,7 @@
 // sparse_conv1d: checks, allocation, and how long the runs of its lanes are.
 #include "../cpu/sparse_conv1d/sparse_conv1d.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -31,8 +32,8 @@ void choose_runs(SparseConv1d& a, int64_t stored, int unit) {
   int64_t least = INT64_MAX;
   SparseConv1d tried = a;
   for (tried.T = 16; tried.T <= 32; tried.T += 16)
-    for (tried.run = 1; tried.run <= a.P; tried.run++) {
-      if (tried.run > 1 && tried.rows() * a.C * tried.T > kTileWords) break;
+    for (tried.run = 1; tried.run <= (a.P + a.spacing - 1) / a.spacing; tried.run++) {
+      if (tried.run > 1 && work_of(tried.rows(), a.C * tried.T) > kTileWords) break;
       const int64_t tiles = tried.tiles(), vectors = tried.T / 16;
       const int64_t each = (tiles + parts - 1) / parts;  // tiles that a thread packs
       const int64_t time =
@@ -56,31 +57,29 @@ Tensor sparse_conv1d(
                   op, ": expected x of dtype float32 or bfloat16");
   STD_TORCH_CHECK(quantized || dtype == x_dtype, op, ": expected values of the dtype of x, or int8");
   STD_TORCH_CHECK(x_any.dim() == 3 && values_any.dim() == 3, op, ": expected x (B, L, C) and values (nnzb, n, k)");
-  STD_TORCH_CHECK(kernel_size > 0 && stride > 0 && dilation > 0 && padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
-                  op, ": expected positive kernel_size, stride and dilation, and two paddings of at least 0");
+  STD_TORCH_CHECK(padding.size() == 2, op, ": expected two paddings");
+  checked_size(op, "kernel_size", kernel_size, 1);
+  checked_size(op, "stride", stride, 1);
+  checked_size(op, "dilation", dilation, 1);
+  for (const int64_t side : padding) checked_size(op, "padding", side);
   const Tensor x = as_contiguous(x_any), values = as_contiguous(values_any);
   SparseConv1d a{};
-  a.B = x.size(0);
-  a.L = x.size(1);
-  a.C = x.size(2);
+  a.B = checked_size(op, "sequences", x.size(0));
+  a.L = checked_size(op, "positions", x.size(1));
+  a.C = checked_size(op, "channels", x.size(2));
   a.taps = kernel_size;
   a.stride = stride;
   a.dilation = dilation;
   a.padding = padding[0];
-  a.P = (a.L + padding[0] + padding[1] - dilation * (kernel_size - 1) - 1) / stride + 1;
-  STD_TORCH_CHECK(a.L + padding[0] + padding[1] > dilation * (kernel_size - 1), op, ": expected sequences as long as the kernel");
+  const int64_t padded = a.L + padding[0] + padding[1], span = dilation * (kernel_size - 1) + 1;
+  STD_TORCH_CHECK(padded >= span, op, ": expected sequences as long as the kernel, ", span, ", got ", padded);
+  a.P = (padded - span) / stride + 1;
   STD_TORCH_CHECK(a.B * a.L < INT32_MAX && a.B * a.P < INT32_MAX, op, ": expected fewer than 2^31 positions");
   Projection& p = a.weight;
-  p.n = static_cast<int>(values.size(1));
-  p.k = static_cast<int>(values.size(2));
+  p.n = checked_side(op, values.size(1));
+  p.k = checked_side(op, values.size(2));
   p.K = kernel_size * a.C;
-  STD_TORCH_CHECK(p.n > 0 && p.k > 0 && p.K % p.k == 0, op, ": expected blocks that divide ", p.K, " columns");
-  STD_TORCH_CHECK(crow.scalar_type() == ScalarType::Int && col.scalar_type() == ScalarType::Int && crow.dim() == 1 &&
-                      col.dim() == 1 && crow.is_contiguous() && col.is_contiguous() && crow.size(0) >= 1,
-                  op, ": expected contiguous 1-D int32 crow_indices and col_indices");
-  STD_TORCH_CHECK(col.size(0) == values.size(0) && ints(crow)[crow.size(0) - 1] == values.size(0),
-                  op, ": crow_indices, col_indices and values disagree on the number of blocks");
-  p.N = (crow.size(0) - 1) * p.n;
+  p.N = check_pattern(op, crow, col, values.size(0), p.n, p.k, p.K);
   p.crow = ints(crow);
   p.col = ints(col);
   p.values = values.data_ptr();
@@ -114,7 +113,7 @@ Tensor sparse_conv1d(
   a.activation = activation_of(op, activation);
   a.half = x_dtype == ScalarType::BFloat16;
   const int64_t common = std::gcd(stride, dilation);
-  a.spacing = dilation / common;
+  a.spacing = std::min(dilation / common, a.P);  // farther apart there is nothing: every run has one output
   a.advance = stride / common;
   Tensor y = empty({a.B, a.P, p.N}, x_dtype);
   a.x = x.data_ptr();
@@ -123,7 +122,7 @@ Tensor sparse_conv1d(
   const int64_t stored = values.size(0) * p.n * p.k;
   choose_runs(a, stored, quantized ? 4 : a.half ? 2 : 1);
   SparseConv1dKernel* kernel = quantized ? forward_kernel<i8>() : a.half ? forward_kernel<bf16>() : forward_kernel<f32>();
-  run_parts(kernel, a, a.B * a.P * (stored + p.N));
+  run_parts(kernel, a, work_of(a.B * a.P, stored + p.N));
   return y;
 }
 

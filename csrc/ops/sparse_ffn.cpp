@@ -26,7 +26,7 @@ Tensor sparse_ffn(const Tensor& x_any, const Tensors& fc1, const Tensors& fc2, c
   const Tensor x = as_contiguous(x_any);
   std::vector<int64_t> sizes = sizes_of(x);
   SparseFfn a{};
-  a.M = rows_of(sizes);
+  a.M = rows_of("sparse_ffn", sizes);
   const int64_t F = rows_of("sparse_ffn", fc1);
   a.fc1 = projection("sparse_ffn", "fc1", fc1, dtype, F, sizes.back());
   a.fc2 = projection("sparse_ffn", "fc2", fc2, dtype, rows_of("sparse_ffn", fc2), F);
@@ -51,7 +51,7 @@ Tensor sparse_ffn(const Tensor& x_any, const Tensors& fc1, const Tensors& fc2, c
   };
   std::vector<int32_t> row_sums;
   if (add_row_sums(all, row_sums)) run(kFfnSums, weights / 8);
-  run(kFfnTiles, a.M * weights);
+  run(kFfnTiles, work_of(a.M, weights));
   return y;
 }
 

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_gru(
   const Steps steps(op, x_any, batch_sizes);
   const Tensor x = as_contiguous(x_any);
   STD_TORCH_CHECK(h0.dim() == 3, op, ": expected h0 (D, B, H)");
-  const int64_t D = h0.size(0), H = h0.size(2), B = steps.batch, G = SparseGru::kGates;
+  const int64_t D = h0.size(0), H = units_of(op, h0), B = steps.batch, G = SparseGru::kGates;
   const Matrices matrices(op, crow, col, values, scales, dtype, D, 2, 2);
   const Tensors biases = checked_biases(op, biases_any, dtype, D, G * H);
   Tensor h_n = copy_of(checked(op, h0, dtype, {D, B, H}, "h0"));
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_gru_backward(
   const Dtype dtype = dtype_of(op, grad_y_any);
   const Steps steps(op, grad_y_any, batch_sizes);
   STD_TORCH_CHECK(grad_h.dim() == 3, op, ": expected grad_h (D, B, H)");
-  const int64_t D = grad_h.size(0), H = grad_h.size(2), B = steps.batch, G = SparseGru::kGates;
+  const int64_t D = grad_h.size(0), H = units_of(op, grad_h), B = steps.batch, G = SparseGru::kGates;
   std::vector<int64_t> sizes = sizes_of(grad_y_any);
   sizes.back() = D * H;
   const Tensor grad_y = checked(op, grad_y_any, dtype, sizes, "grad_y"), y = checked(op, y_any, dtype, sizes, "y");

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_lstm(
   const Steps steps(op, x_any, batch_sizes);
   const Tensor x = as_contiguous(x_any);
   STD_TORCH_CHECK(h0.dim() == 3 && c0.dim() == 3, op, ": expected h0 (D, B, P) and c0 (D, B, H)");
-  const int64_t D = h0.size(0), P = h0.size(2), H = c0.size(2), B = steps.batch, G = SparseLstm::kGates;
+  const int64_t D = h0.size(0), P = units_of(op, h0), H = units_of(op, c0), B = steps.batch, G = SparseLstm::kGates;
   const Matrices matrices(op, crow, col, values, scales, dtype, D, 2, 3);
   STD_TORCH_CHECK(matrices.each == 3 || P == H, op, ": expected h0 of the size of c0 without a projection");
   const Tensors biases = checked_biases(op, biases_any, dtype, D, G * H);
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_lstm_backward(
   const Dtype dtype = dtype_of(op, grad_y_any);
   const Steps steps(op, grad_y_any, batch_sizes);
   STD_TORCH_CHECK(grad_h.dim() == 3 && grad_c.dim() == 3, op, ": expected grad_h (D, B, P) and grad_c (D, B, H)");
-  const int64_t D = grad_h.size(0), P = grad_h.size(2), H = grad_c.size(2), B = steps.batch, G = SparseLstm::kGates;
+  const int64_t D = grad_h.size(0), P = units_of(op, grad_h), H = units_of(op, grad_c), B = steps.batch, G = SparseLstm::kGates;
   std::vector<int64_t> sizes = sizes_of(grad_y_any);
   sizes.back() = D * P;
   const Tensor grad_y = checked(op, grad_y_any, dtype, sizes, "grad_y");

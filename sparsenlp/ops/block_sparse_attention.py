@@ -44,7 +44,8 @@ def block_sparse_attention(
     blocks, but for the reference, which is dense. NaN or infinity reaches the queries that attend to it, as in
     scaled_dot_product_attention, and may reach others in whose stored blocks it lies.
 
-    Indices are trusted here: they were checked when the mask was built, or by `mask.validate()`.
+    The native op looks at every index of the mask; on a GPU they are trusted, as they were checked when the mask was
+    built, or by `mask.validate()`.
     Differentiable, once, in query, key and value, through the log-sum-exp too. Sums are kept in float32.
 
     Raises TypeError if dtypes differ, ValueError if shapes or devices disagree.

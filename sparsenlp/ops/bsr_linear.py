@@ -48,7 +48,8 @@ def bsr_linear(
 
     Under autocast x is cast to the weight's dtype, and the result has that dtype; elsewhere so is an x all of whose
     numbers fit there, such as float16 beside float32.
-    Indices are trusted here: they were checked when the weight was built or loaded.
+    The native op looks at every index before it reads x, so that none leads out of it; that columns increase within a
+    row is trusted, as it was checked when the weight was built or loaded. So are all indices on a GPU.
     Differentiable in x, the values, the bias and the residual; values get gradients at stored blocks only.
     int8 weights are for inference.
 

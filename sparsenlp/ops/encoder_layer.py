@@ -198,7 +198,7 @@ def call(
 
 
 def check_weights(weights: EncoderWeights) -> None:
-    """Raise TypeError or ValueError unless the weights fit together. Indices are trusted, as in `bsr_linear`."""
+    """Raise TypeError or ValueError unless the weights fit together. Indices are left to the op."""
     if weights.activation not in ACTIVATIONS:
         raise ValueError(
             f"encoder_layer: expected an activation among {', '.join(ACTIVATIONS)}, got {weights.activation!r}"

@@ -51,7 +51,8 @@ def nm_linear(
 
     Under autocast x is cast to the weight's dtype, and the result has that dtype; elsewhere so is an x all of whose
     numbers fit there, such as float16 beside float32.
-    Indices are trusted here: they were checked when the weight was built or loaded.
+    That indices increase within a group is trusted, as it was checked when the weight was built or loaded; kernels cut
+    them to the group.
     Differentiable in x, the values, the bias and the residual, on a GPU too; the gradients take dense matrix
     products. int8 weights are for inference.
 

@@ -47,7 +47,7 @@ def sparse_conv1d(
 
     Windows are never copied out of x. int8 rounds as in bsr_linear, but a sequence has one scale, so one value that is
     not finite shows in all its outputs; int8 weights are for inference.
-    Under autocast x is cast to the weight's dtype. Indices are trusted, as in bsr_linear.
+    Under autocast x is cast to the weight's dtype. Indices are checked as in bsr_linear.
     Differentiable in x, the values and the bias; values get gradients at stored blocks only. The backward pass does
     copy the windows, kernel_size times the size of x.
 

@@ -31,7 +31,7 @@ def sparse_ffn(
     The F hidden features of 16 or 32 tokens at a time stay in cache: nothing of size F is written to memory. It is made
     for 16 tokens and more; fewer take as long as 16, and two `bsr_linear` are faster then.
     bfloat16 weights round x and the hidden features to bfloat16 if x is, and int8 weights to int8 with a scale for
-    each token. Indices are trusted here: they were checked when the weights were built or loaded.
+    each token. Indices are checked as in bsr_linear.
 
     Raises TypeError if dtypes differ, ValueError if shapes or devices disagree or the activation is unknown,
     RuntimeError if a gradient is asked for.
