@@ -99,7 +99,8 @@ def _be_the_attack(script: Path, output: int, errors: int) -> None:
         os.setsid()
         os.dup2(output, 1)
         os.dup2(errors, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         sys.argv = [str(script)]
         runpy.run_path(str(script), run_name="__main__")
         code = 0

@@ -1,7 +1,7 @@
 """Checkpoints of sparsified models: model.safetensors + config.json, checked in full before a kernel sees them.
 
-Format version 1. config.json holds, under `quantization_config`, quant_method "sparsenlp",
-format_version, and `modules`: for every sparse linear layer
+Format version 2. config.json holds, under `quantization_config`, quant_method "sparsenlp", format_version, `modules`,
+`tensors` and crc32. `modules` has for every sparse linear layer
 
     shape [N, K], bias (bool), activation, dtype, crc32
     block [n, k] and nnz_blocks of a SparseLinear, pattern [n, m] of an NMLinear
@@ -28,7 +28,9 @@ The matrices of a sparse recurrent layer "rnn" are such layers, "rnn.ih_l0", "rn
 layers.recurrent): all of them, of one dtype, without activation or input_scale. That of a sparse nn.Conv1d "conv" is
 "conv.filters".
 
-`crc32` runs over the bytes of these tensors in this order. All other tensors are stored as they are.
+A layer's crc32 runs over the bytes of these tensors in this order. `tensors` has {name: crc32} for all other tensors,
+which are stored as they are; there the checksum runs over dtype, shape and bytes. A tensor with several names may be in
+the file under one of them. The crc32 beside them is that of the description itself, without this field (see `seal`).
 
 A model with fused encoders has `fused_encoders` beside `modules`: {name: {precision, tile}}, which are fused
 again when they are loaded on a CPU; one whose decoder runs as one op has `fused_decoder`: true.
@@ -41,20 +43,28 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from .layer_entries import NAME, BlockEntry, CheckpointError, LayerEntry, describe, is_count, parse_entry, read_layer
+from .layer_entries import (
+    NAME,
+    BlockEntry,
+    LayerEntry,
+    check_layer,
+    describe,
+    is_count,
+    parse_entry,
+    read_layer,
+)
 from .layers.adapters import has_adapters
 from .layers.composite import Twin, replace_modules, split_composites_
 from .layers.compressed_linear import CompressedLinear
@@ -66,20 +76,35 @@ from .models.encoders import FusionOptions, fuse_again_, fused_options
 from .models.structure import structure_of
 from .ops.encoder_layer import TILES
 from .report import torch_pruned
+from .staging import replacing
+from .tensor_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    OpenCheckpoint,
+    TensorFiles,
+    checksum,
+    memory_of,
+    open_checkpoint,
+)
 
 METHOD = "sparsenlp"
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+FORMAT_VERSION = 2
 STRUCTURE_FIELDS = ("heads", "neurons")
+FIELDS = {
+    *("quant_method", "format_version", "modules", "tensors", "crc32"),
+    *("fused_encoders", "fused_decoder", "structure"),
+}
+ATTEMPTS = 20
+"""At loading a checkpoint that is replaced again and again meanwhile."""
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> Path:
     """Write a checkpoint of a sparsified (or dense) model; a transformers model gets its usual directory.
 
-    Everything is written beside `directory` and flushed to disk first, and only then moved there: a
-    new directory appears complete or not at all, and in an existing one the files of the same names are
-    replaced, others stay. On an error (a full disk) nothing is changed and nothing is left behind.
+    Everything is written beside `directory`, flushed to disk and then put in its place as a whole (see `staging`): who
+    reads it meanwhile has the old checkpoint or the new one, and so has a process that is killed. Other files of an
+    existing directory, as a tokenizer's, stay. On an error (a full disk) nothing is changed and nothing is left behind.
 
     tokenizer   saved along by its own save_pretrained
     returns     the directory
@@ -95,25 +120,35 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, tokenizer: A
             "merge it (merge_and_unload) or take it off (unload)"
         )
     target = Path(directory).resolve()
-    with _staged(target) as staging:
-        if is_transformers_model(model):
-            from .models.hf import save
-
-            save(model, staging)
-        else:
-            state, description = to_disk(model)
-            save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-            config = {"architectures": [type(model).__name__], "quantization_config": description}
-            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(target) as staging:
+        try:
+            _write(model, staging)
+        except SafetensorError as error:
+            raise OSError(f"save_pretrained: cannot write {target}: {error}") from None
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
     return target
+
+
+def _write(model: nn.Module, staging: Path) -> None:
+    if is_transformers_model(model):
+        from .models.hf import save
+
+        save(model, staging)
+        return
+    state, description = to_disk(model)
+    save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {"architectures": [type(model).__name__], "quantization_config": description}
+    (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def from_pretrained(
     directory: str | os.PathLike, model: nn.Module | None = None, model_class: type | None = None, **kwargs: Any
 ) -> nn.Module:
     """Load what `save_pretrained` wrote. No code is taken from the files, and nothing is unpickled.
+
+    The loaded tensors have memory of their own: what becomes of the files later does not matter. Files that are
+    replaced by `save_pretrained` meanwhile are read as they were before or as they are after.
 
     model         a dense skeleton with the same structure, for a plain module: its nn.Linear and recurrent layers
                   are replaced as the file says, its other tensors filled. It is changed only after all checks.
@@ -125,18 +160,31 @@ def from_pretrained(
     checkpoint or is on the meta device.
     """
     path = Path(directory)
-    config = read_config(path)
+    for left in reversed(range(ATTEMPTS)):
+        with open_checkpoint(path) as checkpoint:
+            try:
+                return _load(checkpoint, model, model_class, **kwargs)
+            except CheckpointError:
+                if not left or not checkpoint.was_replaced():
+                    raise
+    raise AssertionError("unreachable")
+
+
+def _load(checkpoint: OpenCheckpoint, model: nn.Module | None, model_class: type | None, **kwargs: Any) -> nn.Module:
+    config, where = checkpoint.config, str(checkpoint.path / CONFIG_FILE)
     dense = "model_type" in config and "quantization_config" not in config
-    entries = {} if dense else parse_description(config.get("quantization_config"), str(path / CONFIG_FILE))
+    description = Description() if dense else parse_description(config.get("quantization_config"), where)
     if model is not None:
-        fused = parse_fused(config.get("quantization_config") or {}, str(path / CONFIG_FILE))
-        fuse_again_(_fill(model, path / WEIGHTS_FILE, entries), fused)
-        return model
+        with checkpoint.weights() as tensors:
+            filled = _fill(model, tensors, description)
+        fuse_again_(filled, description.fused)
+        return filled
     if "model_type" not in config:
-        raise ValueError(f"from_pretrained: expected model=<dense skeleton> for {path}, a plain module, got None")
+        expected = "expected model=<dense skeleton>"
+        raise ValueError(f"from_pretrained: {expected} for {checkpoint.path}, a plain module, got None")
     from .models.hf import load
 
-    return load(path, config, model_class, **kwargs)
+    return load(checkpoint, model_class, **kwargs)
 
 
 def to_disk(
@@ -171,13 +219,19 @@ def to_disk(
             seen.add(id(tensor))
             written[name] = tensor.detach().cpu().contiguous()
     entries = {name: describe(name, layer, written) for name, layer in layers.items()} if source else {}
-    description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries}
+    checksums = {
+        name: checksum(tensor.dtype, tensor.shape, memory_of(tensor))
+        for name, tensor in written.items()
+        if name.rpartition(".")[0] not in layers
+    }
+    description = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": entries, "tensors": checksums}
     optional = {
         "fused_encoders": fused_options(model),
         "fused_decoder": has_fused_decoder(model),
         "structure": structure_of(model),
     }
-    return written, {**description, **{field: value for field, value in optional.items() if value}}
+    description |= {name: value for name, value in optional.items() if value}
+    return written, {**description, "crc32": seal(description)}
 
 
 def check_unmasked(model: nn.Module) -> None:
@@ -196,39 +250,89 @@ def check_unmasked(model: nn.Module) -> None:
             raise ValueError(f"save_pretrained: expected masks burned in (finalize_), got {name} split for pruning")
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dict, or CheckpointError."""
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a readable JSON file, got {type(error).__name__}: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+@dataclass(frozen=True)
+class Description:
+    """A `quantization_config` block, parsed and plausible in itself.
+
+    layers     {name: entry} of the sparse linear layers
+    tensors    {name: crc32} of all other tensors
+    fused      {name: options} of the fused encoders
+    structure  {"heads" or "neurons": a number for each layer}
+    """
+
+    layers: Mapping[str, LayerEntry] = field(default_factory=dict)
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    fused: Mapping[str, FusionOptions] = field(default_factory=dict)
+    fused_decoder: bool = False
+    structure: Mapping[str, list[int]] = field(default_factory=dict)
+
+    def sparse_names(self) -> set[str]:
+        """The tensors of all sparse layers."""
+        return {full for name, entry in self.layers.items() for full in entry.tensor_names(name)}
+
+    def check_names(self, files: TensorFiles) -> None:
+        """Raise CheckpointError unless the files have every tensor that is described, and no other."""
+        stored, sparse = files.names(), self.sparse_names()
+        if missing := sorted(sparse - stored):
+            raise CheckpointError(f"{files.where}: expected a tensor {missing[0]}, got none")
+        if unknown := sorted(stored - sparse - self.tensors.keys()):
+            raise CheckpointError(f"{files.where}: expected only tensors of the model, got {unknown[0]!r}")
+        kept = {self.tensors[name] for name in stored - sparse}
+        if missing := sorted(name for name in self.tensors if name not in stored and self.tensors[name] not in kept):
+            raise CheckpointError(f"{files.where}: expected a tensor {missing[0]}, got none")
 
 
-def parse_description(description: Any, where: str = CONFIG_FILE) -> dict[str, LayerEntry]:
-    """{layer name: entry} from a `quantization_config` block, or CheckpointError; `where` begins the message."""
+def parse_description(description: Any, where: str = CONFIG_FILE) -> Description:
+    """What a `quantization_config` block says, or CheckpointError; `where` begins the message."""
     if not isinstance(description, Mapping) or description.get("quant_method") != METHOD:
         raise CheckpointError(f"{where}: expected quantization_config with quant_method {METHOD!r}, got none")
-    version, modules = description.get("format_version"), description.get("modules")
+    version = description.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(f"{where}: expected format_version {FORMAT_VERSION}, got {version!r}")
-    if not isinstance(modules, Mapping):
-        raise CheckpointError(f"{where}: expected modules to be an object, got {type(modules).__name__}")
-    return {name: parse_entry(name, entry, where) for name, entry in modules.items()}
-
-
-def parse_fused(description: Any, where: str = CONFIG_FILE) -> dict[str, FusionOptions]:
-    """`fused_encoders` of a `quantization_config` block, {} if it has none, or CheckpointError."""
+        remedy = "; convert and save the model again" if version == 1 else ""
+        raise CheckpointError(f"{where}: expected format_version {FORMAT_VERSION}, got {version!r:.50}{remedy}")
+    if unknown := sorted(map(str, description.keys() - FIELDS)):
+        raise CheckpointError(f"{where}: expected no other fields in quantization_config, got {unknown!r:.200}")
     if type(description.get("fused_decoder", True)) is not bool:
         raise CheckpointError(
             f"{where}: expected fused_decoder to be a bool, got {description['fused_decoder']!r:.200}"
         )
-    fused = description.get("fused_encoders", {})
-    if not isinstance(fused, Mapping):
-        raise CheckpointError(f"{where}: expected fused_encoders to be an object, got {type(fused).__name__}")
+    modules = _object(description, "modules", where)
+    parsed = Description(
+        {name: parse_entry(name, entry, where) for name, entry in modules.items()},
+        _parse_tensors(_object(description, "tensors", where), modules, where),
+        _parse_fused(_object(description, "fused_encoders", where), where),
+        description.get("fused_decoder", False),
+        _parse_structure(_object(description, "structure", where), where),
+    )
+    if description.get("crc32") != (crc32 := seal(description)):
+        got = description.get("crc32")
+        raise CheckpointError(f"{where}: expected crc32 {crc32} of the description, got {got!r:.50}; it is corrupt")
+    return parsed
+
+
+def seal(description: Mapping[str, Any]) -> int:
+    """CRC-32 of a description without its own: of its JSON with sorted keys, no spaces and ASCII alone."""
+    content = {key: value for key, value in description.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii"))
+
+
+def _object(description: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = description.get(name, {})
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where}: expected {name} to be an object, got {type(value).__name__}")
+    return value
+
+
+def _parse_tensors(tensors: Mapping[str, Any], modules: Mapping[str, Any], where: str) -> dict[str, int]:
+    for name, crc32 in tensors.items():
+        if not isinstance(name, str) or not is_count(crc32):
+            raise CheckpointError(f"{where}: expected a crc32 of tensor {name!r:.200}, got {crc32!r:.50}")
+        if name.rpartition(".")[0] in modules:
+            raise CheckpointError(f"{where}: expected no other tensors of a sparse layer, got {name!r:.200}")
+    return dict(tensors)
+
+
+def _parse_fused(fused: Mapping[str, Any], where: str) -> dict[str, FusionOptions]:
     for name, options in fused.items():
         valid = isinstance(name, str) and NAME.fullmatch(name) and isinstance(options, Mapping)
         if not valid or options.keys() != {"precision", "tile"}:
@@ -240,55 +344,15 @@ def parse_fused(description: Any, where: str = CONFIG_FILE) -> dict[str, FusionO
     return {name: dict(options) for name, options in fused.items()}
 
 
-def parse_structure(description: Any, where: str = CONFIG_FILE) -> dict[str, list[int]]:
-    """`structure` of a `quantization_config` block, {} if it has none, or CheckpointError."""
-    structure = description.get("structure", {})
-    if not isinstance(structure, Mapping) or not structure.keys() <= set(STRUCTURE_FIELDS):
+def _parse_structure(structure: Mapping[str, Any], where: str) -> dict[str, list[int]]:
+    if not structure.keys() <= set(STRUCTURE_FIELDS):
         raise CheckpointError(
             f"{where}: expected structure with {' and '.join(STRUCTURE_FIELDS)}, got {structure!r:.200}"
         )
-    for field, numbers in structure.items():
+    for name, numbers in structure.items():
         if not isinstance(numbers, list | tuple) or not all(is_count(n) and n for n in numbers):
-            raise CheckpointError(f"{where}: expected {field} as a list of positive numbers, got {numbers!r:.200}")
-    return {field: [*numbers] for field, numbers in structure.items()}
-
-
-def read_layers(files: Iterable[str | os.PathLike], entries: Mapping[str, LayerEntry]) -> dict[str, Any]:
-    """The checked weights of all sparse layers, or CheckpointError naming file and layer."""
-    with open_tensors(files) as tensors:
-        return {name: read_layer(name, entry, tensors) for name, entry in entries.items()}
-
-
-class TensorFiles:
-    """The tensors of some open safetensors files, read one at a time."""
-
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        self.where = ", ".join(handles)
-        self._handles = {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118
-
-    def names(self) -> set[str]:
-        return set(self._handles)
-
-    def read(self, name: str) -> Tensor:
-        """Raises CheckpointError if there is no such tensor."""
-        if name not in self._handles:
-            raise CheckpointError(f"{self.where}: expected a tensor {name}, got none")
-        return self._handles[name].get_tensor(name)
-
-
-@contextmanager
-def open_tensors(files: Iterable[str | os.PathLike]) -> Iterator[TensorFiles]:
-    """Open safetensors files; CheckpointError for one that is missing, truncated, corrupt or of another kind."""
-    with ExitStack() as stack:
-        handles = {}
-        for file in map(Path, files):
-            if file.suffix != ".safetensors":
-                raise CheckpointError(f"{file}: expected a .safetensors file; pickled weights are never loaded")
-            try:
-                handles[str(file)] = stack.enter_context(safe_open(file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file}: expected a safetensors file, got {error}") from None
-        yield TensorFiles(handles)
+            raise CheckpointError(f"{where}: expected {name} as a list of positive numbers, got {numbers!r:.200}")
+    return {name: [*numbers] for name, numbers in structure.items()}
 
 
 def composites_of(entries: Iterable[str]) -> set[str]:
@@ -329,98 +393,72 @@ def linear_for(model: nn.Module, name: str, entry: LayerEntry, where: str) -> nn
     return module
 
 
-def _fill(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry]) -> nn.Module:
+def _fill(model: nn.Module, files: TensorFiles, description: Description) -> nn.Module:
     """Load a plain checkpoint into a skeleton, which stays as it is if a check fails."""
-    twins = split_composites_(model, composites_of(entries))
+    twins = split_composites_(model, composites_of(description.layers))
     try:
-        check_composites(model, entries, str(file))
-        return _fill_split(model, file, entries)
+        check_composites(model, description.layers, files.where)
+        return _fill_split(model, files, description)
     except BaseException:
         replace_modules(model, {twin: module for module, twin in twins.items()})
         raise
 
 
-def _fill_split(model: nn.Module, file: Path, entries: Mapping[str, LayerEntry]) -> nn.Module:
-    """All checks come before the first change."""
+def _fill_split(model: nn.Module, files: TensorFiles, description: Description) -> nn.Module:
+    """All checks come before the first change: first of names and sizes, then of what the tensors hold."""
     state = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     if meta := next((name for name, tensor in state.items() if tensor.is_meta), None):
         raise ValueError(f"from_pretrained: expected a skeleton with memory (model.to_empty), got {meta} on meta")
     modules = dict(model.named_modules(remove_duplicate=False))
+    entries = description.layers
     if missing := next((name for name in entries if name not in modules), None):
-        raise CheckpointError(f"{file}: expected only layers of the model, got {missing}")
-    linears = {name: linear_for(model, name, entry, str(file)) for name, entry in entries.items()}
+        raise CheckpointError(f"{files.where}: expected only layers of the model, got {missing}")
+    linears = {name: linear_for(model, name, entry, files.where) for name, entry in entries.items()}
+    refuse_aliases({name: id(linear) for name, linear in linears.items()}, files.where)
     replaced = {id(linear) for linear in linears.values()}
     inside = {f"{name}.{part}" for name, m in modules.items() if id(m) in replaced for part in ("weight", "bias")}
     dense = {name: tensor for name, tensor in state.items() if name not in inside}
-    with open_tensors([file]) as tensors:
-        weights = {name: read_layer(name, entry, tensors) for name, entry in entries.items()}
-        biases = {name: tensors.read(f"{name}.bias") for name, entry in entries.items() if entry.bias}
-        sparse_names = {full for name, entry in entries.items() for full in entry.tensor_names(name)}
-        values = _read_dense(dense, tensors, sparse_names)
+    names = _check_dense(dense, files, description)
+    weights = {name: read_layer(name, entry, files) for name, entry in entries.items()}
+    for name in names:
+        files.read_checked(name, description.tensors[name])
     replacements: dict[nn.Module, nn.Module] = {}
     for name, linear in linears.items():
-        layer = entries[name].layer.from_weight(weights[name], biases.get(name), entries[name].activation)
-        layer.input_scale = entries[name].input_scale
+        layer = entries[name].new_layer(weights[name])
         layer.requires_grad_(linear.weight.requires_grad and not entries[name].int8)
         replacements[linear] = layer.train(linear.training)
     replace_modules(model, replacements)
     with torch.no_grad():
-        for name, value in values.items():
-            dense[name].copy_(value)
+        for name in names:  # read once more: one at a time, the values need no memory beside the model's
+            dense[name].copy_(files.read_checked(name, description.tensors[name]))
     watch_incoming_(model)
     return model
 
 
-def _read_dense(expected: Mapping[str, Tensor], files: TensorFiles, sparse_names: set[str]) -> dict[str, Tensor]:
-    """{name: value} for the tensors of a skeleton; a tied one may be in the file under any of its names."""
-    stored = files.names() - sparse_names
-    if unknown := sorted(stored - expected.keys()):
-        raise CheckpointError(f"{files.where}: expected only tensors of the model, got {unknown[0]}")
+def refuse_aliases(targets: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError if two names stand for one target."""
+    names: dict[Any, str] = {}
+    for name, target in targets.items():
+        if (first := names.setdefault(target, name)) != name:
+            raise CheckpointError(
+                f"{where}: expected one name for each part of the model, got {first} and {name} for one"
+            )
+
+
+def _check_dense(expected: Mapping[str, Tensor], files: TensorFiles, description: Description) -> list[str]:
+    """The names to read for the tensors of a skeleton; a tied one may be in the file under any of its names."""
+    for name, entry in description.layers.items():
+        check_layer(name, entry, files)
+    stored = sorted(files.names() - description.sparse_names())
+    if unknown := next((name for name in stored if name not in expected), None):
+        raise CheckpointError(f"{files.where}: expected only tensors of the model, got {unknown!r}")
+    refuse_aliases({name: id(expected[name]) for name in stored}, files.where)
     found = {id(expected[name]) for name in stored}
     if missing := next((name for name, tensor in expected.items() if id(tensor) not in found), None):
         raise CheckpointError(f"{files.where}: expected a tensor {missing}, got none")
-    values = {name: files.read(name) for name in stored}
-    for name, value in values.items():
-        wanted, got = ((tuple(t.shape), t.dtype) for t in (expected[name], value))
+    for name in stored:
+        wanted, got = (tuple(expected[name].shape), expected[name].dtype), files.stored(name).kind
         if wanted != got:
             raise CheckpointError(f"{files.where}: expected {name} of {wanted}, got {got}")
-    return values
-
-
-@contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
-    """A scratch directory whose files reach `directory` when the block ends well, and vanish when it does not."""
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"save_pretrained: expected a directory, got a file: {directory}")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-        staging = Path(scratch, "new")
-        staging.mkdir()
-        try:
-            yield staging
-        except SafetensorError as error:
-            raise OSError(f"save_pretrained: cannot write {directory}: {error}") from None
-        files = [path for path in staging.rglob("*") if path.is_file()]
-        for path in files:
-            if (staging / CONFIG_FILE).exists():
-                shutil.copymode(staging / CONFIG_FILE, path)  # safetensors leaves its files readable by the owner only
-            _flush(path)
-        if not directory.exists():
-            staging.rename(directory)
-        else:
-            for path in files:
-                target = directory / path.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(target)
-        if os.name == "posix":
-            _flush(directory)
-            _flush(directory.parent)
-
-
-def _flush(path: Path) -> None:
-    """fsync a file, or on POSIX a directory."""
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    description.check_names(files)
+    return stored

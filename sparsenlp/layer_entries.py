@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from .formats.nm import INDEX_DTYPE as NM_INDEX_DTYPE
 from .layers import NMLinear, SparseLinear
 from .layers.compressed_linear import CompressedLinear
 from .ops.bsr_linear import ACTIVATIONS
+from .tensor_files import CheckpointError, TensorFiles, crc32_of
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 INT8_FIELDS = ("int8", "input_scale")
@@ -27,16 +27,11 @@ PLACEHOLDER = "weight"
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted: corrupt, incomplete, inconsistent or of an unknown version."""
+class LayerTensors(NamedTuple):
+    """What was read and checked of a layer; its memory is its own."""
 
-
-class Tensors(Protocol):
-    """Named tensors of files, and the files' names for errors."""
-
-    where: str
-
-    def read(self, name: str) -> Tensor: ...
+    weight: Any
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +75,12 @@ class LayerEntry:
     def empty_layer(self, dtype: torch.dtype) -> Any:
         """The layer on the meta device."""
         raise NotImplementedError
+
+    def new_layer(self, tensors: LayerTensors) -> Any:
+        """The layer with these tensors."""
+        layer = self.layer.from_weight(tensors.weight, tensors.bias, self.activation)
+        layer.input_scale = self.input_scale
+        return layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def describe(name: str, layer: CompressedLinear, state: dict[str, Tensor]) -> di
     _check_written(name, entry, state)
     written = {key: value for key, value in asdict(entry).items() if int8 or key not in INT8_FIELDS}
     written |= {key: [*written[key]] for key in PAIRS if key in written}
-    return {**written, "crc32": _crc32(state[full] for full in entry.tensor_names(name))}
+    return {**written, "crc32": crc32_of(state[full] for full in entry.tensor_names(name))}
 
 
 def _check_written(name: str, entry: LayerEntry, state: Mapping[str, Tensor]) -> None:
@@ -202,28 +203,25 @@ def parse_entry(name: Any, entry: Any, where: str) -> LayerEntry:
     return kind(**read)
 
 
-def read_layer(name: str, entry: LayerEntry, files: Tensors) -> Any:
-    """One checked weight, or CheckpointError naming file and layer."""
-    tensors = {part: files.read(f"{name}.{part}") for part in entry.tensors}
+def check_layer(name: str, entry: LayerEntry, files: TensorFiles) -> None:
+    """Raise CheckpointError unless the files have the tensors of a layer, of the right sizes; nothing is read."""
     for part, wanted in entry.tensors.items():
-        got = (tuple(tensors[part].shape), tensors[part].dtype)
-        if got != wanted:
+        if (got := files.stored(f"{name}.{part}").kind) != wanted:
             raise CheckpointError(f"{files.where}: {name}: expected {part} of {wanted}, got {got}")
+
+
+def read_layer(name: str, entry: LayerEntry, files: TensorFiles) -> LayerTensors:
+    """The checked tensors of a layer, or CheckpointError naming file and layer."""
+    check_layer(name, entry, files)
+    tensors = {part: files.read(f"{name}.{part}") for part in entry.tensors}
     weight = entry.weight(tensors)
     try:
         weight.validate()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{files.where}: {name}: {error}") from None
-    if (crc32 := _crc32(tensors.values())) != entry.crc32:
+    if (crc32 := crc32_of(tensors.values())) != entry.crc32:
         raise CheckpointError(f"{files.where}: {name}: expected crc32 {entry.crc32}, got {crc32}; the data is corrupt")
-    return weight
-
-
-def _crc32(tensors: Iterable[Tensor]) -> int:
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc
+    return LayerTensors(weight, tensors.get("bias"))
 
 
 def is_count(value: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from sparsenlp import CheckpointError, SparseLinear, SparsifyConfig, from_pretrained, save_pretrained, sparsify_
-from sparsenlp.checkpoint import parse_description
+from sparsenlp.checkpoint import parse_description, seal
 
 FUZZ = settings(
     max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -68,7 +68,9 @@ def x():
 def rewrite_config(directory, change):
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    change(config["quantization_config"])
+    description = config["quantization_config"]
+    change(description)
+    description["crc32"] = seal(description)
     path.write_text(json.dumps(config))
 
 
@@ -169,7 +171,7 @@ def test_disk_holds_canonical_bsr(model, saved):
         assert file.get_tensor("first.col_indices").dtype == torch.int16
         assert file.get_tensor("first.crow_indices").dtype == torch.int32
     config = json.loads((saved / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format_version"]) == ("sparsenlp", 1)
+    assert (config["quant_method"], config["format_version"]) == ("sparsenlp", 2)
     assert config["modules"]["first"]["block"] == [8, 1]
     assert config["modules"]["second"]["bias"] is False
 
@@ -296,8 +298,9 @@ def test_plain_checkpoint_needs_a_skeleton(saved):
 
 
 CONFIG_FAULTS = {
-    "unknown version": (lambda c: c.update(format_version=2), "expected format_version 1, got 2"),
-    "version as bool": (lambda c: c.update(format_version=True), "expected format_version 1, got True"),
+    "unknown version": (lambda c: c.update(format_version=3), "expected format_version 2, got 3$"),
+    "version as bool": (lambda c: c.update(format_version=True), "expected format_version 2, got True"),
+    "earlier version": (lambda c: c.update(format_version=1), "got 1; convert and save the model again"),
     "other method": (lambda c: c.update(quant_method="gptq"), "quant_method 'sparsenlp'"),
     "modules as list": (lambda c: c.update(modules=[]), "expected modules to be an object, got list"),
     "path as name": (lambda c: c["modules"].update({"../../etc/x": c["modules"].pop("first")}), "a module name like"),
@@ -340,7 +343,7 @@ TENSOR_FAULTS = {
     "changed value": (lambda t: t["first.values"].mul_(2), "first: expected crc32"),
     "sparse tensor missing": (lambda t: t.pop("second.crow_indices"), "a tensor second.crow_indices, got none"),
     "dense tensor missing": (lambda t: t.pop("norm.weight"), "a tensor norm.weight, got none"),
-    "unknown tensor": (lambda t: t.update(evil=torch.ones(1)), "expected only tensors of the model, got evil"),
+    "unknown tensor": (lambda t: t.update(evil=torch.ones(1)), "expected only tensors of the model, got .evil"),
     "dense shape": (lambda t: t.update({"norm.weight": torch.ones(4)}), "expected norm.weight of"),
     "dense dtype": (lambda t: t.update({"norm.weight": torch.ones(16).half()}), "expected norm.weight of"),
 }

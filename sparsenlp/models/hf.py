@@ -10,41 +10,40 @@ import copy
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import (
-    CONFIG_FILE,
+    FIELDS,
     FORMAT_VERSION,
     METHOD,
-    CheckpointError,
+    Description,
     check_composites,
     composites_of,
     linear_for,
-    open_tensors,
     parse_description,
-    parse_fused,
-    parse_structure,
-    read_layers,
+    refuse_aliases,
     to_disk,
 )
-from ..formats.block import INDEX_DTYPE
-from ..layer_entries import LayerEntry
-from ..layers import NMLinear, SparseLinear
+from ..layer_entries import LayerEntry, LayerTensors, check_layer, read_layer
+from ..layers import NMLinear
 from ..layers.adapters import has_adapters
 from ..layers.composite import join_composites_, replace_modules, split_composites_
 from ..layers.compressed_linear import CompressedLinear
 from ..layers.incoming import watch_incoming_
 from ..ops.nm_linear import pack
+from ..private_copies import PrivateCopies
 from ..prune.masked import BESIDE_WEIGHTS
+from ..tensor_files import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, OpenCheckpoint, TensorFiles, open_tensors
 from . import is_transformers_model
 from .block_sparse_attention import restore_
 from .encoders import fuse_again_
@@ -52,57 +51,60 @@ from .hf_saving import allow_loading, attach, describe_in_config, strip_config
 from .own import own_class
 from .structure import restructure_, structure_of
 
+LARGEST_COUNTS = {"layers": 10_000, "num_labels": 10_000_000}
+"""What config.json may ask for at most, by a part of the field's name: more would be built for hours, or not at all."""
+
+MEMORY_FOR_ALL, MEMORY_PER_BYTE = 2**30, 16
+"""Bytes that a model may need whatever its files hold, and for each byte of them."""
+
+LOADING_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "experts_implementation")
+"""Arguments of from_pretrained that look like fields of a configuration."""
+
+_opened: ContextVar[OpenCheckpoint | None] = ContextVar("_opened", default=None)
+"""The files that `load` has opened; transformers passes on their paths alone."""
+
 
 @register_quantization_config(METHOD)
 class SparseNlpConfig(QuantizationConfigMixin):
-    """The `quantization_config` block of config.json. Raises CheckpointError for one that does not make sense."""
+    """The `quantization_config` block of config.json, which is checked when a model is loaded."""
 
-    def __init__(
-        self,
-        format_version: Any = FORMAT_VERSION,
-        modules: Any = None,
-        quant_method: str = METHOD,
-        fused_encoders: Any = None,
-        fused_decoder: Any = None,
-        structure: Any = None,
-        **unknown: Any,
-    ) -> None:
-        if unknown:
-            raise CheckpointError(f"{CONFIG_FILE}: expected no other fields in quantization_config, got {[*unknown]}")
+    def __init__(self, quant_method: str = METHOD, **description: Any) -> None:
+        """Raises CheckpointError for fields that it does not have."""
+        if unknown := sorted(description.keys() - FIELDS):
+            raise CheckpointError(f"{CONFIG_FILE}: expected no other fields in quantization_config, got {unknown}")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers compares it with plain strings
-        self.format_version = format_version
-        self.modules = {} if modules is None else modules
-        if fused_encoders is not None:
-            self.fused_encoders = fused_encoders
-        if fused_decoder is not None:
-            self.fused_decoder = fused_decoder
-        if structure is not None:
-            self.structure = structure
-        for parse in (parse_description, parse_fused, parse_structure):
-            parse(self.to_dict())
+        for name, value in {"format_version": FORMAT_VERSION, "modules": {}, **description}.items():
+            setattr(self, name, value)
 
 
 @register_quantizer(METHOD)
 class SparseNlpQuantizer(HfQuantizer):
-    """Gives layers their shapes before transformers loads the tensors, and mends dtypes afterwards."""
+    """Checks the files, lets transformers load copies that nobody else can change, and puts in what was checked."""
 
     quantization_config: SparseNlpConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.state_to_save: dict[str, Tensor] | None = None
-        self._scales: dict[nn.Module, Tensor] = {}
+        self._description = Description()
+        self._layers: dict[Any, LayerTensors] = {}
+        self._copies: PrivateCopies | None = None
+        self._names: dict[Any, str] = {}
+        self._renamings: dict[int, Any] = {}
+        self._where = METHOD
         self._dense = False
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, device_map: Any = None, **_: Any
     ) -> nn.Module:
         """Check the files in full, then replace layers; the model is on the meta device."""
-        entries = parse_description(self.quantization_config.to_dict())
         if not checkpoint_files:
             raise CheckpointError(f"{METHOD}: expected checkpoint files to check, got a state dict")
-        where = ", ".join(checkpoint_files)
-        self._dense = _holds_dense_weights(model, checkpoint_files, entries)
+        config_file = str(Path(checkpoint_files[0]).parent / CONFIG_FILE)
+        self._description = description = parse_description(self.quantization_config.to_dict(), config_file)
+        self._where = where = ", ".join(checkpoint_files)
+        with _open(checkpoint_files) as files:
+            self._dense = _holds_dense_weights(model, files, description.layers)
         if self._dense:
             warnings.warn(
                 f"{where}: {CONFIG_FILE} describes sparse layers, but all weights are dense, as of a model built "
@@ -111,53 +113,75 @@ class SparseNlpQuantizer(HfQuantizer):
             )
             return model
         try:
-            restructure_(model, parse_structure(self.quantization_config.to_dict()))
+            restructure_(model, description.structure)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from None
-        weights = read_layers(checkpoint_files, entries)
+        with _open(checkpoint_files) as files:
+            description.check_names(files)
+            self._replace_layers(model, files)
+            _check_memory(model, files)
+            layers = {name: read_layer(name, entry, files) for name, entry in description.layers.items()}
+            self._layers = {layer: layers[name] for layer, name in self._names.items()}
+            self._copies = PrivateCopies(files, description.tensors, description.sparse_names())
+        if not (isinstance(device_map, dict) and "disk" in device_map.values()):  # from there they are read much later
+            checkpoint_files[:] = self._copies.paths
+        return model
+
+    def _replace_layers(self, model: nn.Module, files: TensorFiles) -> None:
+        entries = self._description.layers
         parents = (_local_name(model, name) for name in composites_of(entries))
         split_composites_(model, {name for name in parents if name is not None})
-        local = {name: _local_name(model, name) for name in entries}
-        if entries and not any(local.values()):
-            raise CheckpointError(f"{where}: expected layers of {type(model).__name__}, got {next(iter(entries))}")
-        check_composites(model, {target: entries[n] for n, target in local.items() if target is not None}, where)
-        _replace_conv1d(model, [target for target in local.values() if target is not None])
+        local = {name: target for name in entries if (target := _local_name(model, name)) is not None}
+        if entries and not local:
+            raise CheckpointError(
+                f"{files.where}: expected layers of {type(model).__name__}, got {next(iter(entries))}"
+            )
+        refuse_aliases(local, files.where)
+        check_composites(model, {target: entries[name] for name, target in local.items()}, files.where)
+        _replace_conv1d(model, [*local.values()])
         replacements: dict[nn.Module, nn.Module] = {}
-        for name, entry in entries.items():
-            if (target := local[name]) is None:  # belongs to a head that this class does not have
-                continue
-            linear = linear_for(model, target, entry, where)
-            layer = entry.empty_layer(linear.weight.dtype)
-            layer.input_scale = entry.input_scale
-            if (scales := weights[name].scales) is not None:
-                self._scales[layer] = scales
+        for name, target in local.items():  # others belong to a head that this class does not have
+            check_layer(name, entries[name], files)
+            linear = linear_for(model, target, entries[name], files.where)
+            layer = entries[name].empty_layer(linear.weight.dtype)
+            layer.input_scale = entries[name].input_scale
+            self._names[layer] = name
             replacements[linear] = layer
+        refuse_aliases({name: id(model.get_submodule(target)) for name, target in local.items()}, files.where)
         replace_modules(model, replacements)
         _ignore_placeholders(model, {*entries, *(target for target in local.values() if target is not None)})
         for dense, sparse in replacements.items():
             _show_dense_weight(sparse, dense)
-        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """transformers asks for each tensor that it will load; a renaming that comes twice would be loaded twice."""
+        if not getattr(converter, "operations", None):
+            if id(converter) in self._renamings:
+                raise CheckpointError(
+                    f"{self._where}: expected one tensor for each part of the model, "
+                    f"got {converter.source_patterns[0]} and another for {converter.target_patterns[0]}"
+                )
+            self._renamings[id(converter)] = converter
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         model.is_quantized = False  # plain floats: .half(), .to() and training are fine
         vars(model).pop("_keys_to_ignore_on_load_unexpected", None)
         strip_config(model.config)
         if self._dense:
+            _own(model)
             model.hf_quantizer = None
             return model
-        for layer in model.modules():
-            if isinstance(layer, CompressedLinear):
-                _show_own_weight(layer)
-            if isinstance(layer, SparseLinear):
-                layer.col_indices = layer.col_indices.to(INDEX_DTYPE)
-            if isinstance(layer, NMLinear):
-                layer.packed = pack(layer.indices, layer.pattern)
-            # transformers casts scales to the model's dtype
-            if isinstance(layer, CompressedLinear) and layer in self._scales:
-                layer.scales = self._scales.pop(layer).to(layer.values.device)
-        fused = parse_fused(self.quantization_config.to_dict()).items()
+        for layer, tensors in self._layers.items():
+            _show_own_weight(layer)
+            _put_in(layer, tensors)
+        if self._copies is not None:
+            self._copies.release_(model)
+            self._copies.close()
+        self._layers, self._copies, self._names, self._renamings = {}, None, {}, {}
+        fused = self._description.fused.items()
         fuse_again_(model, {_local_name(model, name) or name: options for name, options in fused})
-        if getattr(self.quantization_config, "fused_decoder", False):
+        if self._description.fused_decoder:
             _fuse_decoder_again(model)
         watch_incoming_(model)
         attach(model)
@@ -215,28 +239,111 @@ def save(model: Any, directory: Path) -> None:
     model.save_pretrained(directory, max_shard_size="1000GB", save_original_format=False)
 
 
-def load(directory: Path, config: Mapping[str, Any], model_class: Any = None, **kwargs: Any) -> nn.Module:
+def load(checkpoint: OpenCheckpoint, model_class: Any = None, **kwargs: Any) -> nn.Module:
     """Build the class that config.json names (one of transformers' or ours) or `model_class`, and load it.
 
     Raises CheckpointError where transformers alone would only warn: missing or mismatched tensors, and for the
     class that config.json names (another one may well leave a head out) tensors that the model does not have; the
-    masks that transformers' own save_pretrained leaves beside the weights are not needed.
+    masks that transformers' own save_pretrained leaves beside the weights are not needed. So is whatever else
+    transformers does not like about the files.
     """
-    cls = _class_of(directory, config) if model_class is None else model_class
+    directory = checkpoint.path
+    cls = _class_of(directory, checkpoint.config) if model_class is None else model_class
+    _check_counts(checkpoint.config, directory / CONFIG_FILE)
     kwargs = {**kwargs, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    before = _opened.set(checkpoint)
     try:
+        kwargs = _with_config(cls, checkpoint.config, kwargs)
         model, info = cls.from_pretrained(directory, **kwargs)
-    except SafetensorError as error:
-        raise CheckpointError(f"{directory}: expected a safetensors file, got {error}") from None
+    except (CheckpointError, ImportError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason").splitlines()[0]
+        raise CheckpointError(
+            f"{directory}: expected a checkpoint that transformers loads as {cls.__name__}, "
+            f"got {type(error).__name__}: {reason:.300}"
+        ) from error
+    finally:
+        _opened.reset(before)
     info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not BESIDE_WEIGHTS.search(name)}
     for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if model_class is None else [])):
         if info[kind]:
             raise CheckpointError(f"{directory}: expected the tensors of {cls.__name__}, got {kind} {min(info[kind])}")
+    if not isinstance(getattr(model, "hf_quantizer", None), SparseNlpQuantizer):
+        _own(model)
     try:
         restore_(model)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from None
     return model
+
+
+def _with_config(cls: Any, config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with a configuration of what was read before, instead of what is in the file by now."""
+    from transformers import CONFIG_MAPPING
+
+    if kwargs.get("config") is not None or "model_type" not in config:
+        return dict(kwargs)
+    config_class = getattr(cls, "config_class", None) or CONFIG_MAPPING[config["model_type"]]
+    content = config_class._decode_special_floats(copy.deepcopy(dict(config)))
+    if (key := getattr(config_class, "base_config_key", "")) and key in content:
+        content = content[key]
+    loading = {name: kwargs[name] for name in LOADING_ARGUMENTS if name in kwargs}
+    others = {name: value for name, value in kwargs.items() if name not in loading and name != "config"}
+    built, unused = config_class.from_dict(content, return_unused_kwargs=True, **others)
+    return {**unused, **loading, "config": built}
+
+
+def _check_counts(config: Any, where: Path) -> None:
+    for name, value in config.items():
+        if isinstance(value, dict) and name != "quantization_config":
+            _check_counts(value, where)
+        for part, most in LARGEST_COUNTS.items():
+            if part in name and isinstance(value, int) and value > most:
+                raise CheckpointError(f"{where}: expected {name} of at most {most}, got {value}")
+
+
+def _check_memory(model: nn.Module, files: TensorFiles) -> None:
+    """Raise CheckpointError if the model needs far more than its files hold: transformers would allocate it."""
+    needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    held = sum(file.size for file in files.files)
+    if needed > MEMORY_FOR_ALL + MEMORY_PER_BYTE * held:
+        raise CheckpointError(
+            f"{files.where}: expected about {needed} bytes for {type(model).__name__} of this configuration, got {held}"
+        )
+
+
+@contextmanager
+def _open(paths: Sequence[str]) -> Iterator[TensorFiles]:
+    """The files that `load` has open, or those at these paths now."""
+    opened = _opened.get()
+    if opened is not None and opened.has_weights() and [*map(Path, paths)] == [opened.path / WEIGHTS_FILE]:
+        with opened.weights() as files:
+            yield files
+    else:
+        with open_tensors(paths) as files:
+            yield files
+
+
+def _put_in(layer: Any, tensors: LayerTensors) -> None:
+    """Give a layer the tensors that were checked, in the dtype and on the device that transformers chose."""
+    device = layer.values.device
+    for part in ("crow_indices", "col_indices", "indices", "scales"):
+        if (checked := getattr(tensors.weight, part, None)) is not None:
+            setattr(layer, part, checked.to(device))
+    layer.values.data = tensors.weight.values.to(device, layer.values.dtype)
+    if layer.bias is not None and tensors.bias is not None:
+        layer.bias.data = tensors.bias.to(device, layer.bias.dtype)
+    if isinstance(layer, NMLinear):
+        layer.packed = pack(layer.indices, layer.pattern)
+
+
+def _own(model: nn.Module) -> None:
+    """Give tensors that may be maps of a file memory of their own, one by one."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.detach().clone()
 
 
 def _class_of(directory: Path, config: Mapping[str, Any]) -> Any:
@@ -263,20 +370,19 @@ def _replace_conv1d(model: nn.Module, names: Sequence[str]) -> None:
     replace_modules(model, linears)
 
 
-def _holds_dense_weights(model: nn.Module, files: Sequence[str], entries: Mapping[str, LayerEntry]) -> bool:
+def _holds_dense_weights(model: nn.Module, files: TensorFiles, entries: Mapping[str, LayerEntry]) -> bool:
     """Whether the files hold no sparse layer, but a dense weight for each of these that `model` has.
 
     Raises CheckpointError where they hold no sparse layer, and lack a dense weight too.
     """
-    with open_tensors(files) as tensors:
-        names = tensors.names()
+    names = files.names()
     if not entries or any(f"{name}.{part}" in names for name, entry in entries.items() for part in entry.content):
         return False
     known = [name for name in entries if _local_name(model, name) is not None]
     for name in known:
         if not any(f"{candidate}.weight" in names for candidate in _candidates(model, name)):
-            where = ", ".join(files)
-            raise CheckpointError(f"{where}: expected a tensor {name}.{next(iter(entries[name].content))}, got none")
+            part = next(iter(entries[name].content))
+            raise CheckpointError(f"{files.where}: expected a tensor {name}.{part}, got none")
     return bool(known)
 
 

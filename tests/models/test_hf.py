@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsenlp import CheckpointError, SparseLinear, SparsifyConfig, from_pretrained, save_pretrained, sparsify_
+from sparsenlp.checkpoint import seal
+from sparsenlp.tensor_files import checksum, memory_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -219,8 +222,9 @@ def test_failed_save_leaves_no_trace(bert, saved, tmp_path):
 
 
 FIRST = "bert.encoder.layer.0.output.dense"
+NORM = "encoder.layer.0.output.LayerNorm.weight"
 FAULTS = {
-    "version": ("config", lambda c: c["quantization_config"].update(format_version=9), "format_version 1, got 9"),
+    "version": ("config", lambda c: c["quantization_config"].update(format_version=9), "format_version 2, got 9"),
     "field": ("config", lambda c: c["quantization_config"].update(x=1), "expected no other fields"),
     "name": ("config", lambda c: c["quantization_config"]["modules"].update({"../x": {}}), "expected a module name"),
     "columns": ("tensors", lambda t: t[f"{FIRST}.col_indices"].fill_(99), r"col_indices in \[0, 64\)"),
@@ -241,13 +245,13 @@ def test_tampered_files(saved, fault, load):
 
 def test_from_pretrained_is_strict_about_dense_tensors(saved):
     rewrite_tensors(saved, lambda tensors: tensors.pop("classifier.weight"))
-    with pytest.raises(CheckpointError, match=r"got missing_keys classifier\.weight"):
+    with pytest.raises(CheckpointError, match=r"expected a tensor classifier\.weight, got none"):
         from_pretrained(saved)
 
 
 def test_from_pretrained_is_strict_about_dense_shapes(saved):
     rewrite_tensors(saved, lambda tensors: tensors.update({"classifier.weight": torch.ones(7, 32)}))
-    with pytest.raises(CheckpointError, match="got mismatched_keys"):
+    with pytest.raises(CheckpointError, match=r"classifier\.weight: expected crc32"):
         from_pretrained(saved)
 
 
@@ -309,3 +313,144 @@ def test_round_trip_of_int8(bert, tmp_path, dtype):
     model.to(dtype)
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def reseal(directory, change):
+    """A description that says something else, and whose checksum holds."""
+
+    def edit(config):
+        change(config["quantization_config"])
+        config["quantization_config"]["crc32"] = seal(config["quantization_config"])
+
+    rewrite_config(directory, edit)
+
+
+def auto_base(directory):
+    return transformers.AutoModel.from_pretrained(directory)
+
+
+EVERY_DOOR = [auto, auto_base, from_pretrained]
+
+
+@pytest.mark.parametrize("load", EVERY_DOOR)
+@pytest.mark.parametrize("alias", ["encoder.layer.0.output.dense", f"bert.{FIRST}"])
+def test_no_tensor_under_another_name(saved, load, alias):
+    rewrite_tensors(saved, lambda t: t.update({f"{alias}.col_indices": t[f"{FIRST}.col_indices"] + 9999}))
+    with pytest.raises(CheckpointError, match="expected only tensors of the model"):
+        load(saved)
+
+
+@pytest.mark.parametrize("load", EVERY_DOOR)
+@pytest.mark.parametrize("name", [NORM, f"bert.bert.{NORM}"])
+def test_no_described_tensor_for_the_same_target(saved, load, name):
+    """The description may list both: still one part of the model has one tensor."""
+    rewrite_tensors(saved, lambda t: t.update({name: t[f"bert.{NORM}"] * 2}))
+    tensor = load_file(saved / "model.safetensors")[name]
+    crc32 = checksum(tensor.dtype, tensor.shape, memory_of(tensor))
+    reseal(saved, lambda d: d["tensors"].update({name: crc32}))
+    if (load, name) == (auto_base, f"bert.bert.{NORM}"):  # this class has no place for it
+        assert torch.equal(load(saved).state_dict()[NORM], torch.ones(32))
+        return
+    with pytest.raises(CheckpointError, match=r"expected one tensor for each part of the model|unexpected_keys"):
+        load(saved)
+
+
+def test_no_second_layer_for_the_same_target(saved):
+    short = FIRST.removeprefix("bert.")
+    rewrite_tensors(
+        saved, lambda t: t.update({f"{short}{n.removeprefix(FIRST)}": t[n].clone() for n in [*t] if FIRST in n})
+    )
+    reseal(saved, lambda d: d["modules"].update({short: d["modules"][FIRST]}))
+    for load in EVERY_DOOR:
+        with pytest.raises(CheckpointError, match="expected one name for each part of the model"):
+            load(saved)
+
+
+DENSE = ["bert.embeddings.word_embeddings.weight", f"bert.{NORM}", "classifier.bias"]
+
+
+@pytest.mark.parametrize("load", EVERY_DOOR)
+@pytest.mark.parametrize("name", DENSE)
+def test_every_tensor_has_a_checksum(saved, load, name):
+    rewrite_tensors(saved, lambda t: t[name].view(-1)[0].add_(1))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name}: expected crc32"):
+        load(saved)
+
+
+@pytest.mark.parametrize("load", EVERY_DOOR)
+def test_shards_are_checked_too(bert, tmp_path, load):
+    bert.save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert sparse_names(load(tmp_path / "shards"))
+    for shard in (tmp_path / "shards").glob("*.safetensors"):
+        tensors = load_file(shard)
+        if DENSE[0] in tensors:
+            tensors[DENSE[0]][0, 0] += 1
+            save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{DENSE[0]}: expected crc32"):
+        load(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("load", EVERY_DOOR)
+def test_the_description_has_a_checksum(saved, load):
+    rewrite_config(saved, lambda c: c["quantization_config"]["modules"][FIRST].update(activation="relu"))
+    with pytest.raises(CheckpointError, match="of the description"):
+        load(saved)
+
+
+@pytest.mark.parametrize("load", EVERY_DOOR)
+def test_loaded_tensors_are_no_map_of_the_file(saved, load):
+    loaded = load(saved)
+    before = copy.deepcopy(loaded.state_dict())
+    file = saved / "model.safetensors"
+    with open(file, "r+b") as raw:
+        raw.write(b"\xff" * file.stat().st_size)
+    with open(file, "r+b") as raw:
+        raw.truncate(10)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert "memfd:sparsenlp" not in maps.read_text()
+        assert str(saved) not in maps.read_text()
+
+
+@pytest.mark.parametrize("load", [auto, from_pretrained])
+def test_what_was_checked_is_what_runs(saved, logits, load, monkeypatch):
+    """The file changes right after the check, before transformers reads it."""
+    from sparsenlp.models.hf import SparseNlpQuantizer
+
+    check = SparseNlpQuantizer._process_model_before_weight_loading
+
+    def then_change(self, model, **kwargs):
+        check(self, model, **kwargs)
+        rewrite_tensors(saved, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+
+    monkeypatch.setattr(SparseNlpQuantizer, "_process_model_before_weight_loading", then_change)
+    with torch.no_grad():
+        assert torch.equal(load(saved)(IDS).logits, logits)
+
+
+CONFIG_FAULTS = {
+    "no heads": {"num_attention_heads": 0},
+    "text for a size": {"hidden_size": "wide"},
+    "null vocabulary": {"vocab_size": None},
+    "list for an activation": {"hidden_act": ["gelu"]},
+    "huge vocabulary": {"vocab_size": 2**40},
+    "very many layers": {"num_hidden_layers": 2**40},
+    "two classes": {"architectures": ["BertModel", "BertModel"]},
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_a_bad_configuration_is_the_checkpoint_s_fault(saved, fault):
+    rewrite_config(saved, lambda config: config.update(CONFIG_FAULTS[fault]))
+    with pytest.raises(CheckpointError, match=str(saved)):
+        from_pretrained(saved)
+
+
+def test_arguments_still_reach_the_configuration(saved):
+    loaded = from_pretrained(saved, dtype=torch.bfloat16, output_hidden_states=True, attn_implementation="eager")
+    assert (loaded.dtype, loaded.config.output_hidden_states) == (torch.bfloat16, True)
+    assert loaded.config._attn_implementation == "eager"
+    assert len(loaded(IDS).hidden_states) == 3
