@@ -18,6 +18,8 @@ from torch import nn
 from sparsenlp import SparsifyConfig, save_pretrained, sparsify_
 from sparsenlp.prune import Block, finalize_, prune_
 
+torch.set_num_threads(1)  # a pool of threads would not survive a fork
+
 MEASURE_OFF = SparsifyConfig(measure="off", min_sparsity=0.1)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -27,6 +29,14 @@ def scratch() -> Iterator[Path]:
     """An empty folder that goes away; outcomes name it "..."."""
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
         yield Path(folder)
+
+
+def quiet() -> None:
+    """No progress bars and no warnings of transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def mlp() -> nn.Module:
@@ -39,6 +49,7 @@ def bert() -> Any:
     """A dense BERT classifier of two layers."""
     from transformers import BertConfig, BertForSequenceClassification
 
+    quiet()
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     return BertForSequenceClassification(BertConfig(vocab_size=60, max_position_embeddings=32, **sizes)).eval()

@@ -132,16 +132,14 @@ def _wait(child: int, seconds: float) -> int | None:
 
 
 def prepare() -> None:
-    """Import once what all attacks need. One thread: a pool of them would not survive the fork."""
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    """Import once what all attacks need."""
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     warnings.simplefilter("ignore")
     sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-    import torch
-    import transformers
+    import common
+    import transformers  # noqa: F401
 
-    torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()
-    import common  # noqa: F401
+    common.quiet()
 
 
 def main() -> int:
