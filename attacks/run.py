@@ -135,7 +135,7 @@ def prepare() -> None:
     """Import once what all attacks need."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     warnings.simplefilter("ignore")
-    sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
+    sys.path.insert(0, str(FOLDER))
     import common
     import transformers  # noqa: F401
 
