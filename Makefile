@@ -9,7 +9,7 @@ CUDA := $(if $(shell command -v $(or $(NVCC),nvcc)),$(or $(SPARSENLP_CUDA),1),0)
 BUILT := $(VENV)/.built-$(NATIVE)-$(CUDA)
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml constraints.txt
 
-.PHONY: build test test-registry test-gpu-sim attacks gpu sanitize emulate lint format bench bench-e2e bench-accuracy bench-models demo demo-quick dist clean
+.PHONY: build test test-registry test-gpu-sim attacks fuzz gpu sanitize emulate lint format bench bench-e2e bench-accuracy bench-models demo demo-quick dist clean
 
 build: $(BUILT)
 
@@ -36,9 +36,16 @@ test-registry: build
 test-gpu-sim: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/gpu --all-checks
 
-# Scripts that abuse loading and the rest; fails if one ends otherwise than the table in attacks/README.md says.
+# Scripts that abuse loading and the rest, which must end as the table in attacks/README.md says; then a few at random.
 attacks: build
 	$(BIN)/python attacks/run.py --check
+	$(BIN)/python attacks/fuzz_checkpoints.py --loads 500 --jobs 2
+	$(BIN)/python attacks/fuzz_kills.py --kills 100
+
+# The same at random, for some minutes: FIRST=10000 goes on with other seeds.
+fuzz: build
+	$(BIN)/python attacks/fuzz_checkpoints.py --loads 10000 --jobs 2 --seed $(or $(FIRST),0)
+	$(BIN)/python attacks/fuzz_kills.py --kills 1000 --seed $(or $(FIRST),0)
 
 # The GPU kernels on a GPU: built, tested, sanitized and timed, in ten minutes. Nothing is installed: PYTHON has torch.
 gpu:

@@ -19,12 +19,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparsenlp import SparsifyConfig, save_pretrained, sparsify_
+from sparsenlp.checkpoint import seal
 from sparsenlp.prune import Block, finalize_, prune_
+from sparsenlp.tensor_files import checksum, crc32_of, memory_of
 
 torch.set_num_threads(1)  # a pool of threads would not survive a fork
 
 MEASURE_OFF = SparsifyConfig(measure="off", min_sparsity=0.1)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SPARSE_PARTS = ("values", "crow_indices", "col_indices", "indices", "scales", "bias")
 
 
 @contextmanager
@@ -85,6 +88,47 @@ def edit_config(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> No
     (checkpoint / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
+def seal_all(checkpoint: Path) -> None:
+    """Make all checksums fit what is there, and name what is there."""
+    config = json.loads((checkpoint / CONFIG).read_text())
+    description = config["quantization_config"]
+    tensors = load_file(checkpoint / WEIGHTS)
+    sparse = {name for layer in description["modules"] for name in tensors if name.rpartition(".")[0] == layer}
+    for layer, entry in description["modules"].items():
+        entry["crc32"] = crc32_of(_parts(layer, tensors))
+    description["tensors"] = {
+        name: checksum(tensor.dtype, tensor.shape, memory_of(tensor))
+        for name, tensor in tensors.items()
+        if name not in sparse
+    }
+    description["crc32"] = seal(description)
+    (checkpoint / CONFIG).write_text(json.dumps(config))
+
+
+def _parts(layer: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors[name] for part in SPARSE_PARTS if (name := f"{layer}.{part}") in tensors]
+
+
+def doors(checkpoint: Path, folder: Path, only: str = "") -> dict[str, str]:
+    """What became of a BERT checkpoint by every way to load it, or that one; what loads is run."""
+    import transformers
+
+    from sparsenlp import from_pretrained
+
+    ways = {
+        "from_pretrained": from_pretrained,
+        "Auto with head": transformers.AutoModelForSequenceClassification.from_pretrained,
+        "AutoModel": transformers.AutoModel.from_pretrained,
+    }
+
+    def load_and_run(way: str) -> str:
+        model: Any = ways[way](checkpoint)
+        model.eval()(torch.arange(3, 11)[None])
+        return "loads and runs"
+
+    return {way: attempt(lambda way=way: load_and_run(way), folder) for way in ways if only in ("", way)}  # type: ignore[misc]
+
+
 def attempt(action: Callable[[], Any], folder: Path | None = None, limit: int = 170) -> str:
     """What an action says of itself in a few words, or how it was refused."""
     try:
@@ -94,6 +138,7 @@ def attempt(action: Callable[[], Any], folder: Path | None = None, limit: int = 
         if folder is not None:
             message = message.replace(str(folder), "...")
         message = re.sub(r"/\S*/attack-\w+", "...", message)
+        message = re.sub(r"\d{6,}", "#", message)  # checksums are of random weights
         return f"refused, {type(error).__name__}: {message[:limit]}{'...' if len(message) > limit else ''}"
     return "done" if done is None else str(done)
 
@@ -113,6 +158,6 @@ def outcome(attempts: Mapping[str, str]) -> None:
         )
 
 
-def copy_of(checkpoint: Path) -> Path:
-    """The same files beside it."""
-    return Path(shutil.copytree(checkpoint, checkpoint.with_name(f"{checkpoint.name}-copy")))
+def copy_of(checkpoint: Path, name: str) -> Path:
+    """The same files in a folder of that name beside it."""
+    return Path(shutil.copytree(checkpoint, checkpoint.with_name(name)))

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import CONFIG, WEIGHTS
+from common import CONFIG, WEIGHTS, seal_all
 from safetensors.torch import load_file, save_file
-
-from sparsenlp.checkpoint import seal
-from sparsenlp.tensor_files import checksum, crc32_of, memory_of
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 7, 16, 255, 2**31, 2**40, 2**63, 2**70, 0.5, -0.5, 1e308, 1e-320),
@@ -36,7 +32,6 @@ VALUES: tuple[Any, ...] = (
         {"a": {}},
     ),
 )
-SPARSE_PARTS = ("values", "crow_indices", "col_indices", "indices", "scales", "bias")
 DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
@@ -60,7 +55,7 @@ def mutate(checkpoint: Path, others: list[Path], random_: random.Random, any_fie
             done.append(f"not {kind} ({type(error).__name__})")
     if sealed:
         try:
-            _seal(checkpoint)
+            seal_all(checkpoint)
         except Exception:
             sealed = False
     return f"{'sealed' if sealed else 'open'}: {', '.join(done)}"
@@ -157,24 +152,3 @@ def _change_bytes(checkpoint: Path, others: list[Path], random_: random.Random, 
         return f"{path.name} of another checkpoint"
     path.write_bytes(raw)
     return f"{path.name} {how} at {place}"
-
-
-def _seal(checkpoint: Path) -> None:
-    """Make all checksums fit what is there, and name what is there."""
-    config = json.loads((checkpoint / CONFIG).read_text())
-    description = config["quantization_config"]
-    tensors = load_file(checkpoint / WEIGHTS)
-    sparse = {name for layer in description["modules"] for name in tensors if name.rpartition(".")[0] == layer}
-    for layer, entry in description["modules"].items():
-        entry["crc32"] = crc32_of(_parts(layer, tensors))
-    description["tensors"] = {
-        name: checksum(tensor.dtype, tensor.shape, memory_of(tensor))
-        for name, tensor in tensors.items()
-        if name not in sparse
-    }
-    description["crc32"] = seal(description)
-    (checkpoint / CONFIG).write_text(json.dumps(config))
-
-
-def _parts(layer: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    return [tensors[name] for part in SPARSE_PARTS if (name := f"{layer}.{part}") in tensors]

@@ -15,8 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .tensor_files import TensorFile, TensorFiles
 
@@ -53,16 +52,28 @@ class PrivateCopies:
         self._memory.clear()
         self._clean()
 
-    def release_(self, tensors: Iterable[Tensor]) -> None:
+    def release_(self, model: nn.Module) -> None:
         """Give tensors that are maps of the copies memory of their own, one by one, and free what they mapped."""
         maps = _maps_of(self._memory)
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
         mapped = [(place, tensor) for tensor in tensors if (place := _place(tensor, maps)) is not None]
         mapped.sort(key=lambda found: found[0])
         for index, (place, tensor) in enumerate(mapped):
-            with torch.no_grad():
-                tensor.data = tensor.detach().clone()
+            own_(model, tensor)
             if not any(place.overlaps(other) for other, _ in mapped[index + 1 :][:1]):
                 _free(self._memory[place.inode], place)
+
+
+def own_(model: nn.Module, tensor: Tensor) -> None:
+    """Give a parameter memory of its own, or put a copy in for a buffer, which may be a view of another tensor."""
+    if isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.detach().clone()
+        return
+    copy = tensor.detach().clone()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is tensor:
+                module._buffers[name] = copy
 
 
 class _Place(NamedTuple):
@@ -125,7 +136,7 @@ def _maps_of(inodes: Collection[int]) -> list[_Map]:
 
 def _place(tensor: Tensor, maps: Iterable[_Map]) -> _Place | None:
     """What a tensor maps of a copy, None if it has memory of its own."""
-    if tensor.device.type != "cpu" or not tensor.numel():
+    if tensor.device.type != "cpu":
         return None
     storage = tensor.untyped_storage()
     for found in maps:

@@ -41,7 +41,7 @@ from ..layers.composite import join_composites_, replace_modules, split_composit
 from ..layers.compressed_linear import CompressedLinear
 from ..layers.incoming import watch_incoming_
 from ..ops.nm_linear import pack
-from ..private_copies import PrivateCopies
+from ..private_copies import PrivateCopies, own_
 from ..prune.masked import BESIDE_WEIGHTS
 from ..tensor_files import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, OpenCheckpoint, TensorFiles, open_tensors
 from . import is_transformers_model
@@ -244,8 +244,8 @@ def load(checkpoint: OpenCheckpoint, model_class: Any = None, **kwargs: Any) -> 
 
     Raises CheckpointError where transformers alone would only warn: missing or mismatched tensors, and for the
     class that config.json names (another one may well leave a head out) tensors that the model does not have; the
-    masks that transformers' own save_pretrained leaves beside the weights are not needed. So is whatever else
-    transformers does not like about the files.
+    masks that transformers' own save_pretrained leaves beside the weights are not needed. What transformers
+    does not like about the files is a CheckpointError, too.
     """
     directory = checkpoint.path
     cls = _class_of(directory, checkpoint.config) if model_class is None else model_class
@@ -340,10 +340,9 @@ def _put_in(layer: Any, tensors: LayerTensors) -> None:
 
 def _own(model: nn.Module) -> None:
     """Give tensors that may be maps of a file memory of their own, one by one."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu":
-                tensor.data = tensor.detach().clone()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            own_(model, tensor)
 
 
 def _class_of(directory: Path, config: Mapping[str, Any]) -> Any:
