@@ -130,7 +130,7 @@ def test_import_is_light_and_works_without_transformers():
         sys.modules["transformers"] = None  # as if it were not installed
         import torch, sparsenlp
         model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        torch.nn.init.zeros_(model[0].weight)
+        torch.nn.init.zeros_(model[0].weight[:4])
         sparsenlp.sparsify_(model, sparsenlp.SparsifyConfig(measure="off", fuse=False))
         assert [name for name in sys.modules if name.startswith("transformers")] == ["transformers"]
     """
