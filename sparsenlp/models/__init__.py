@@ -39,10 +39,11 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 def after_conversion(model: nn.Module) -> None:
     """Let transformers models that now hold sparse or fused layers, `model` or in it, save themselves in our format."""
-    if any(map(is_transformers_model, model.modules())):
-        from .hf_saving import attach
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        from .hf_saving import attach, mark_loose_layers
 
         attach(model)
+        mark_loose_layers(model)
 
 
 def before_densifying(model: nn.Module) -> None:

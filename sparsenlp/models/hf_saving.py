@@ -7,8 +7,10 @@ import inspect
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..layer_entries import PLACEHOLDER
 from ..layers.compressed_linear import CompressedLinear
 from . import has_fused_decoder, is_transformers_model
 from .encoders import fused_options
@@ -32,6 +34,34 @@ def attach(model: nn.Module) -> None:
             module.hf_quantizer = SparseNlpQuantizer(SparseNlpConfig())
         if isinstance(module.hf_quantizer, SparseNlpQuantizer):
             vars(module)["save_pretrained"] = SavePretrained(module)
+
+
+def mark_loose_layers(model: nn.Module) -> None:
+    """Keep what a model around `model` saves from being loaded at random, where `model` is a part of one.
+
+    A part, such as a BertEncoder, cannot give the model that holds it a save_pretrained. In state dicts its sparse
+    layers have an empty `weight` from now on, whose size no loader takes for that of a dense layer.
+    """
+    described = {part for module in _models_of_transformers(model) for part in module.modules()}
+    parts = [m for m in model.modules() if type(m).__module__.startswith("transformers.models.") and m not in described]
+    layers = {layer for part in parts for layer in part.modules() if isinstance(layer, CompressedLinear)}
+    for layer in layers:
+        if _add_placeholder not in layer._state_dict_hooks.values():
+            layer.register_state_dict_post_hook(_add_placeholder)
+    if layers:
+        warnings.warn(
+            f"{type(parts[0]).__name__} is a part of a transformers model, whose own save_pretrained will not describe "
+            "these sparse layers, so that loading raises an error; convert the whole model, or save it with "
+            "sparsenlp.save_pretrained",
+            stacklevel=4,
+        )
+
+
+def _add_placeholder(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    values = layer._parameters["values"]
+    if values is not None and not values.is_meta:
+        dtype = values.dtype if values.is_floating_point() else torch.float32
+        state[f"{prefix}{PLACEHOLDER}"] = torch.empty(1, dtype=dtype)[:0]  # with an address of its own
 
 
 def detach(model: nn.Module) -> None:

@@ -274,3 +274,20 @@ def test_gpt2_that_is_dense_again_keeps_the_layout_of_its_family(loaded, tmp_pat
     torch.testing.assert_close(hidden(model), expected)
     model.save_pretrained(tmp_path / "dense")
     torch.testing.assert_close(hidden(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "dense")), expected)
+
+
+@pytest.mark.parametrize("part", ["encoder", "encoder.layer"])
+def test_a_part_cannot_make_the_model_around_it_load_at_random(part, tmp_path):
+    model = bert()
+    prune_(model, Block(8, 1), 0.8)
+    with pytest.warns(UserWarning, match="part of a transformers model"):
+        sparsify_(finalize_(model).get_submodule(part), SparsifyConfig(measure="off", fuse=False))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for number, each in enumerate((model, copied)):
+        each.save_pretrained(tmp_path / f"own{number}")
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            transformers.AutoModel.from_pretrained(tmp_path / f"own{number}")
+        torch.testing.assert_close(
+            hidden(from_pretrained(save_pretrained(each, tmp_path / f"ours{number}"))), hidden(model)
+        )
+    model.load_state_dict(copied.state_dict())
