@@ -130,12 +130,6 @@ for _name, _kernel in (
     ("sparse_gru_backward", reference.sparse_gru_backward),
 ):
     torch.library.impl(f"sparsenlp::{_name}", "cuda", on_one_device(_name, _kernel))
-torch.library.impl(
-    "sparsenlp::sparse_gru_persistent", "cuda", on_one_device("sparse_gru_persistent", partial(_on_gpu, "cuda"))
-)
-torch.library.impl(
-    "sparsenlp::sparse_gru_backward", "cuda", on_one_device("sparse_gru_backward", reference.sparse_gru_backward)
-)
 
 
 @register_fake("sparse_gru")

@@ -146,12 +146,6 @@ for _name, _kernel in (
     ("sparse_lstm_backward", reference.sparse_lstm_backward),
 ):
     torch.library.impl(f"sparsenlp::{_name}", "cuda", on_one_device(_name, _kernel))
-torch.library.impl(
-    "sparsenlp::sparse_lstm_persistent", "cuda", on_one_device("sparse_lstm_persistent", partial(_on_gpu, "cuda"))
-)
-torch.library.impl(
-    "sparsenlp::sparse_lstm_backward", "cuda", on_one_device("sparse_lstm_backward", reference.sparse_lstm_backward)
-)
 
 
 @register_fake("sparse_lstm")
