@@ -29,7 +29,7 @@ def terminable() -> Iterator[None]:
 class InterruptRequest:
     """Within its `with` block the first SIGINT or SIGTERM only sets `pending`; a second one raises at once.
 
-    pending  KeyboardInterrupt or Terminated, None before
+    pending  KeyboardInterrupt or Terminated, None before; raised at the end of a block that did not see to it
 
     A program's own handler of SIGTERM stays in force. Outside the main thread, where Python delivers no signals, none
     of this holds.
@@ -50,6 +50,8 @@ class InterruptRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.pending is not None and kind is None:
+            raise self.pending("stopped after the last step")
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         error = Terminated if number == signal.SIGTERM else KeyboardInterrupt

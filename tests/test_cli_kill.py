@@ -4,6 +4,7 @@ A moment is an event that Python reports of the file system, or a training step,
 and the test needs no luck. The processes are forks of this one, as tests/train/test_kill.py does it.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """{verb: (the command without its output directory, weights of an undisturbed run)}."""
+    """{verb: (the command without its output directory, weights and number of events of an undisturbed run)}."""
     directory, patch = tmp_path_factory.mktemp("kill"), pytest.MonkeyPatch()
     patch.setattr(convert, "SparsifyConfig", Unmeasured)
     data = ("--data", write_table(directory / "train.csv", 48), "--batch-size", "8")
@@ -43,11 +44,14 @@ def commands(tmp_path_factory):
     succeed(*at(train, directory / "dense"))
     prune = ("prune", directory / "dense", *data, "--epochs", "2", "--sparsity", "0.5")
     succeed(*at(prune, directory / "sparse"))
+    found = {}
+    for verb, command, name in (("train", train, "dense"), ("prune", prune, "sparse")):
+        counted = directory / f"{verb}-counted"
+        assert os.WEXITSTATUS(run_and_die(command, counted, signal.SIGKILL, ("event", None))) == 0
+        events = int(counted.with_suffix(".events").read_text())
+        found[verb] = (command, (directory / name / "model.safetensors").read_bytes(), events)
     patch.undo()
-    return {
-        "train": (train, (directory / "dense" / "model.safetensors").read_bytes()),
-        "prune": (prune, (directory / "sparse" / "model.safetensors").read_bytes()),
-    }
+    return found
 
 
 def at(command, output):
@@ -57,12 +61,15 @@ def at(command, output):
 
 
 def run_and_die(command, output, number, moment):
-    """The status of a process that sends itself a signal at the event or step of that number."""
+    """The status of a process that sends itself a signal at the event or step of that number.
+
+    One that is never to do so writes the number of its events beside `output`.
+    """
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
     try:
-        seen, pid = iter(range(10**6)), os.getpid()
+        seen, pid = itertools.count(), os.getpid()
 
         def event(name, arguments):
             told = name in EVENTS and str(output) in str(arguments[0]) and (name != "open" or arguments[1] != "r")
@@ -77,7 +84,10 @@ def run_and_die(command, output, number, moment):
         loop._Run.is_due = property(step if moment[0] == "step" else lambda self: True)
         if moment[0] == "event":
             sys.addaudithook(event)
-        os._exit(invoke(*at(command, output)).exit_code)
+        code = invoke(*at(command, output)).exit_code
+        if moment == ("event", None):
+            output.with_suffix(".events").write_text(str(next(seen)))
+        os._exit(code)
     except Terminated:
         os._exit(143)
     finally:
@@ -90,11 +100,13 @@ def left(output):
 
 
 @pytest.mark.parametrize("verb", ["train", "prune"])
-@pytest.mark.parametrize("moment", [("step", 3), *(("event", n) for n in (0, 2, 9, 30, 38, 44))], ids=str)
+@pytest.mark.parametrize("moment", [("step", 3), *(("event", n) for n in (0, 9, -7, -5, -3, -1))], ids=str)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_was_killed_goes_on_to_the_same_result(commands, tmp_path, verb, moment, number):
-    command, weights = commands[verb]
+    command, weights, events = commands[verb]
     output = tmp_path / "out"
+    if moment[0] == "event":
+        moment = ("event", moment[1] % events)
     status = run_and_die(command, output, number, moment)
     if number == signal.SIGKILL:
         assert os.WIFSIGNALED(status)
@@ -109,5 +121,6 @@ def test_what_was_killed_goes_on_to_the_same_result(commands, tmp_path, verb, mo
     assert (output / "model.safetensors").read_bytes() == weights
     assert left(output) >= WHOLE
     assert not (output / "work").exists()
+    assert not [path for path in tmp_path.iterdir() if path != output], "no staging folder stays"
     if verb == "prune":
         assert json.loads((output / "sparsenlp.json").read_text())["quality"].keys() == {"dense", "sparse"}
