@@ -157,18 +157,18 @@ def _replace(staging: Path, directory: Path) -> None:
         _replace_files(staging, directory)
 
 
-def _carry_over(old: Path, new: Path) -> None:
-    """Link what only the old directory has into the new one, stale weights excepted."""
+def _carry_over(old: Path, new: Path, top: bool = True) -> None:
+    """Link what only the old directory has into the new one, stale weights of its own excepted."""
     shutil.copymode(old, new)
     for entry in os.scandir(old):
         target = new / entry.name
         if os.path.lexists(target) and entry.is_dir(follow_symlinks=False) and target.is_dir():
-            _carry_over(Path(entry.path), target)
-        elif os.path.lexists(target) or STALE_WEIGHTS.fullmatch(entry.name):
+            _carry_over(Path(entry.path), target, top=False)
+        elif os.path.lexists(target) or (top and STALE_WEIGHTS.fullmatch(entry.name)):
             continue
         elif entry.is_dir(follow_symlinks=False):
             target.mkdir()
-            _carry_over(Path(entry.path), target)
+            _carry_over(Path(entry.path), target, top=False)
         else:
             try:
                 os.link(entry.path, target, follow_symlinks=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 
 import pytest
@@ -75,7 +76,11 @@ def test_weights_of_an_earlier_save_do_not(old):
         "pytorch_model.bin",
     ):
         (old / name).write_text("stale")
+    (old / "work" / "dense").mkdir(parents=True)
+    (old / "work" / "dense" / "model.safetensors").write_text("another model's")
     save(old, **{"model.safetensors": "new"})
+    assert (old / "work" / "dense" / "model.safetensors").read_text() == "another model's"
+    shutil.rmtree(old / "work")
     assert contents(old) == {"a": "1", "b": "1", "model.safetensors": "new", "pytorch_model.bin": "stale"}
 
 
