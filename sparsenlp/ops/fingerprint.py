@@ -23,10 +23,12 @@ class Watch:
     """A few elements of each of some tensors on the CPU, which it keeps alive."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        for number in [_kept.pop() for _ in range(len(_kept))]:
+            _release(number)
         places = places_of(tensors)
         if native.available and tensors:
             self.number = _watch([t.detach() for t in tensors], places)
-            weakref.finalize(self, _unwatch, self.number)
+            weakref.finalize(self, _release, self.number)
         else:
             self.number = None
             self.views = [_view(tensor.detach(), row) for tensor, row in zip(tensors, places.tolist(), strict=True)]
@@ -36,6 +38,17 @@ class Watch:
         if self.number is not None:
             return _fingerprint(self.number)
         return hash(tuple(tuple(view[places].tolist()) for view, places in self.views))
+
+
+_kept: list[Tensor] = []
+"""Numbers of watches that are gone, of which the extension has not been told."""
+
+
+def _release(number: Tensor) -> None:
+    try:
+        _unwatch(number)
+    except Exception:  # garbage is collected while a graph is traced, where no op runs
+        _kept.append(number)
 
 
 def places_of(tensors: Sequence[Tensor]) -> Tensor:
