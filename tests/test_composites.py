@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsenlp import SparseConv1d, SparseGRU, SparseLSTM, SparsifyConfig, from_pretrained, save_pretrained, sparsify_
 from sparsenlp.benchmark import dense_twin, dynamic_int8
-from sparsenlp.checkpoint import CheckpointError
+from sparsenlp.checkpoint import CheckpointError, seal
 from sparsenlp.compare import compare
 from sparsenlp.data import TokenizedDataset
 from sparsenlp.prune import (
@@ -148,6 +148,7 @@ def test_a_checkpoint_that_is_wrong_is_refused_and_the_skeleton_stays(plain, cha
     _, directory = plain
     config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
     change(config["quantization_config"]["modules"], tensors)
+    config["quantization_config"]["crc32"] = seal(config["quantization_config"])
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors")
     skeleton = Plain()

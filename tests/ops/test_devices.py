@@ -16,7 +16,7 @@ from recurrent_cases import RecurrentCase
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsenlp import SparseLinear, ops
+from sparsenlp import SparseLinear, native, ops
 from sparsenlp.reference import encoder_layer as encoder_reference
 
 
@@ -35,9 +35,27 @@ def moved(value: Any, device: str = "meta") -> Iterator[tuple[str, Any]]:
                 yield f".{field.name}{path}", replace(value, **{field.name: other})
 
 
+OF_ONE_TENSOR = {"padding_keys", "fingerprint", "unwatch"}
+WITHOUT_FAKE = {"watch"}
+
+
 def test_every_op_is_covered():
     names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
-    assert {name for library, _, name in names if library == "sparsenlp"} == {*CALLS, *GPU_ONLY}
+    covered = {*CALLS, *GPU_ONLY, *OF_ONE_TENSOR, *WITHOUT_FAKE}
+    assert {name for library, _, name in names if library == "sparsenlp"} == covered
+
+
+def test_an_op_without_fake_kernel_has_none_for_meta():
+    with pytest.raises(NotImplementedError):
+        op_of("watch")([torch.ones(4), torch.ones(4, device="meta")], torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.skipif(not native.available, reason="the extension is not built")
+def test_elements_outside_of_a_watched_tensor_are_refused():
+    with pytest.raises(RuntimeError, match="expected places within 4 elements, got 4"):
+        op_of("watch")([torch.ones(4)], torch.full((1, 4), 4))
+    with pytest.raises(RuntimeError, match="number of a watch"):
+        op_of("fingerprint")(torch.full((1,), 2**31 - 1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("op", [*CALLS, *GPU_ONLY])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from tiny_encoders import TEXT, build, torch_encoder
 from torch import nn
 
 from sparsenlp import SparsifyConfig, from_pretrained, save_pretrained, sparsify_
+from sparsenlp.checkpoint import seal
 from sparsenlp.models.decoders import fuse_decoder_
 from sparsenlp.models.encoders import fuse_encoders_, unfuse_encoders_
 from sparsenlp.models.structure import layer_stack, structure_of
@@ -202,7 +204,9 @@ def test_wider_checkpoints_than_the_configuration_are_refused(tmp_path):
         ('"heads": [\n        -1,', "heads as a list of positive numbers"),
         ('"tails": [\n        2,', "expected structure with heads and neurons"),
     ):
-        (tmp_path / "config.json").write_text(config.replace('"heads": [\n        2,', wrong))
+        changed = json.loads(config.replace('"heads": [\n        2,', wrong))
+        changed["quantization_config"]["crc32"] = seal(changed["quantization_config"])
+        (tmp_path / "config.json").write_text(json.dumps(changed, indent=2))
         assert wrong in (tmp_path / "config.json").read_text()
         with pytest.raises(ValueError, match=message):
             from_pretrained(tmp_path)
